@@ -1,0 +1,1 @@
+"""The variational autoencoder of the post: layers, loss, model, and what follows training."""

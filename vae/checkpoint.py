@@ -1,0 +1,98 @@
+"""The model's checkpoint: written whole or not at all, read without running code."""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from vae.vae import VAE
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that takes the place of ``path`` once the block has ended well.
+
+    Whoever reads ``path`` meanwhile sees the old file or the new one, never half of one; after an
+    error the old one is still there.
+
+    Raises:
+        OSError: if the folder cannot be written to or the disk is full.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write ``checkpoint`` to ``path`` atomically.
+
+    Raises:
+        OSError: if it cannot be written; an earlier checkpoint is still there.
+    """
+    with replace_atomically(path) as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Only tensors and plain values are read (``weights_only=True``), so that a checkpoint from a
+    stranger cannot run code.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or not a checkpoint of this model.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: a checkpoint.pt of a run is needed") from None
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} is not a checkpoint of this model: it is damaged, or holds something other "
+            "than tensors and plain values, which is not read because it could run code"
+        ) from None
+    if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of this model: no 'model' and 'config' in it")
+    return checkpoint
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[VAE, dict[str, Any]]:
+    """Rebuild the model that a checkpoint holds, ready for inference, with its config.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or not a checkpoint of this model.
+    """
+    checkpoint = load_checkpoint(path)
+    config = checkpoint["config"]
+    try:
+        model = VAE(
+            image_resolution=tuple(config["image_resolution"]),
+            latent_size=config["latent_size"],
+            image_channels=config["image_channels"],
+            batch_norm=config["batch_norm"],
+        )
+        model.load_state_dict(checkpoint["model"])
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold this model: {_first_line(error)}") from None
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+        raise ValueError(f"{path} holds weights that are not finite: use an earlier checkpoint")
+    return model.to(device).eval(), config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
