@@ -25,6 +25,7 @@ import torchvision
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.datasets import Flowers102
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
@@ -421,7 +422,7 @@ def write_results(writer: SummaryWriter, training: Training, folder: Path) -> di
     options, model, splits = training.options, training.model, training.splits
     seconds = time.perf_counter() - training.started
     components = options.latent_size
-    train, test = splits.train[:][0], splits.test[:][0]
+    pca_error = pca_squared_error(splits.train[:][0], splits.test.batches(), components)
     metrics = {
         "dataset": splits.dataset,
         "epochs": training.epoch,
@@ -429,7 +430,7 @@ def write_results(writer: SummaryWriter, training: Training, folder: Path) -> di
         "train": training.evaluate(splits.train),
         "val": training.evaluate(splits.val),
         "test": training.evaluate(splits.test),
-        "pca": {"components": components, "test": pca_squared_error(train, test, components)},
+        "pca": {"components": components, "test": pca_error},
         "seconds": seconds,
         "device": str(training.device),
         "versions": {
@@ -446,7 +447,31 @@ def write_results(writer: SummaryWriter, training: Training, folder: Path) -> di
     for name, grid in (("reconstructions", test_pairs(training)), ("samples", samples)):
         with replace_atomically(folder / f"{name}.png") as file:
             save_image(grid, file, format="png")
+
+    experiment = {
+        each.name: getattr(options, each.name)
+        for each in fields(Options)
+        if each.metadata["group"] in ("model", "loss", "training")
+    }
+    compared = ("squared_error", "squared_error_mean", "psnr", "kl", "active_units")
+    scores = {f"test/{name}": metrics["test"][name] for name in compared}
+    writer.add_hparams(experiment | {"dataset": splits.dataset}, scores, run_name=".")
+    write_latents(writer, training)
     return metrics
+
+
+@torch.no_grad()
+def write_latents(writer: SummaryWriter, training: Training) -> None:
+    """Write test latents with thumbnails and species to TensorBoard's Projector."""
+    test = training.splits.test
+    # The Projector shows up to 8,192 x 8,192 pixels of thumbnails, and stays quick up to 2,000.
+    count = min(2000, (8192 // training.options.image_size) ** 2)
+    pictures, labels = test[:: max(1, -(-len(test) // count))]
+    training.model.eval()
+    means, _ = training.model.encode(pictures)
+    names = Flowers102.classes if training.splits.dataset == "flowers102" else range(102)
+    species = [str(names[label]) for label in labels.tolist()]
+    writer.add_embedding(means, metadata=species, label_img=pictures, tag="test_latents")
 
 
 def pictures_checksum(splits: Splits) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -145,11 +146,12 @@ def load_splits(
         progress: show progress bars while pictures are decoded.
 
     Raises:
-        ValueError: for an unknown data set, damaged files, or Flowers102 that was asked for and
-            is neither there nor to be had.
+        ValueError: for an unknown data set, damaged files, pictures that do not fit in memory, or
+            Flowers102 that was asked for and is neither there nor to be had.
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset is {dataset!r}: one of {', '.join(DATASETS)} is needed")
+    _check_memory(image_resolution)
     fallback = None
     if dataset != "synthetic" and not flowers102.is_on_disk(data_root):
         try:
@@ -174,6 +176,19 @@ def load_splits(
         return Splits(*splits, "synthetic", fallback)
     splits = [_load_flowers102(data_root, split, image_resolution, progress) for split in SPLITS]
     return Splits(*splits, "flowers102", None)
+
+
+def _check_memory(image_resolution: tuple[int, int]) -> None:
+    """Raise ``ValueError`` if all pictures, and what PCA makes of 1,020, will not fit in memory."""
+    height, width = image_resolution
+    # A byte a value for all pictures; as floats, three times over, for the training pictures.
+    needed = height * width * 3 * (8189 + 12 * 1020)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ValueError(
+            f"pictures of {height}x{width} need {needed / 1e9:.1f} GB of memory and "
+            f"{available / 1e9:.1f} GB are free: take smaller ones (--image-size)"
+        )
 
 
 def _load_flowers102(

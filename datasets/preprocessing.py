@@ -4,15 +4,16 @@ import hashlib
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 import numpy as np
 import PIL
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional
 from tqdm import tqdm
@@ -22,22 +23,70 @@ from vae.checkpoint import replace_atomically
 CACHE_FOLDER = Path(__file__).parent / "cache"
 
 
-def read_picture(path: Path) -> Image.Image:
-    """Decode an image file to RGB.
+@contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """Open an image file; what goes wrong while it is open is reported with the file's name.
 
     Raises:
         ValueError: if it is missing, damaged, no picture, or so large (over 179 million pixels)
             that it may be a decompression bomb. The message names the file.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            # Pillow only warns of pictures over 89 million pixels, which still fit in memory.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata, and of over 89 million pixels, which still fit memory.
+            warnings.filterwarnings("ignore", module="PIL")
+            with Image.open(path) as image:
+                yield image
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Decode an image file to RGB.
+
+    Raises:
+        ValueError: if it cannot be read (see ``open_picture``).
+    """
+    with open_picture(path) as image:
+        return image.convert("RGB")
+
+
+def read_photograph(
+    path: Path, image_resolution: tuple[int, int], centre_crop: bool = False
+) -> Tensor:
+    """Read a user's photograph of any size and kind: [1, 3, height, width] float32 in [0, 1].
+
+    Beyond what the training pictures need, it is turned upright as its EXIF data say, what is
+    transparent becomes white, and 16-bit grey is scaled to 8 bits.
+
+    Args:
+        path: the image file.
+        image_resolution: (height, width) that it is resized to, as the training pictures are:
+            squeezed, not cropped.
+        centre_crop: cut the middle out in the shape of ``image_resolution`` instead of squeezing.
+
+    Raises:
+        ValueError: if it cannot be read (see ``open_picture``) or its pixels are float32, whose
+            white no file says.
+    """
+    height, width = image_resolution
+    with open_picture(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers; save it as PNG or JPEG")
+        if image.mode.startswith("I"):
+            # Pillow's own conversion clips the 16 bits to 8.
+            pixels = np.clip(np.asarray(image) / 257, 0, 255).round().astype(np.uint8)
+            image = Image.fromarray(pixels)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    if centre_crop:
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return functional.to_tensor(functional.resize(image, [height, width])).unsqueeze(0)
 
 
 def picture_to_pixels(path: Path, image_resolution: tuple[int, int]) -> np.ndarray:
@@ -64,7 +113,7 @@ def compute_in_parallel(
         progress: the progress bar's caption; no bar if None.
     """
     count = len(out)
-    runs = [range(start, min(start + 16, count)) for start in range(0, count, 16)]
+    runs = [range(start, min(start + 32, count)) for start in range(0, count, 32)]
     bar = tqdm(desc=progress, total=count, unit="picture", disable=progress is None)
     with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         try:

@@ -31,8 +31,7 @@ def evaluate(
         - ``squared_error``: squared error per image with z sampled, summed over its values;
         - ``squared_error_mean``: the same through the posterior's mean;
         - ``psnr``: peak signal-to-noise ratio through the mean, dB, mean over the images;
-        - ``kl``: nats per image, and ``kl_per_dimension``: a list, most informative first not
-          sorted: in the order of the latent dimensions;
+        - ``kl``: nats per image, and ``kl_per_dimension``: a list in the latent's order;
         - ``reconstruction_loss``, ``total_loss``: per image, as ``loss`` defines them;
         - ``elbo_per_dimension``: the ELBO in nats per pixel value, beta 1; None for the
           ``"gaussian"`` likelihood, which is not a normalised one;
@@ -85,30 +84,32 @@ def evaluate(
     }
 
 
-def pca_squared_error(train: Tensor, test: Tensor, components: int) -> float:
+def pca_squared_error(train: Tensor, batches: Iterable[Tensor], components: int) -> float:
     """Return PCA's squared error per test image with as many components as a latent has dimensions.
 
     PCA is the best linear autoencoder: the yardstick that a nonlinear one has to beat.
 
     Args:
         train: images that the components are fitted on, [n, channels, height, width].
-        test: images that the error is measured on, [m, channels, height, width].
+        batches: images that the error is measured on, each [batch, channels, height, width].
         components: how many; more than ``train`` spans count as all that it spans.
 
     Raises:
-        ValueError: if the shapes do not fit or ``components`` is below 1.
+        ValueError: if there are no images or ``components`` is below 1.
     """
-    if train.ndim != 4 or train.shape[1:] != test.shape[1:] or not len(train) or not len(test):
-        raise ValueError(
-            f"train has shape {list(train.shape)} and test {list(test.shape)}: both need "
-            "[n, channels, height, width] with the same image shape and at least one image"
-        )
     if components < 1:
         raise ValueError(f"asked for {components} components: at least 1 is needed")
+    if not len(train):
+        raise ValueError("there are no images to fit PCA on: at least one is needed")
     x = train.flatten(1)
     centre = x.mean(dim=0)
     _, _, directions = torch.linalg.svd(x - centre, full_matrices=False)
     directions = directions[:components]
-    residual = test.flatten(1) - centre
-    residual = residual - residual @ directions.T @ directions
-    return torch.square(residual).sum(dim=1).mean().item()
+    errors = []
+    for batch in batches:
+        residual = batch.flatten(1) - centre
+        residual -= residual @ directions.T @ directions
+        errors.append(torch.square(residual).sum(dim=1))
+    if not errors:
+        raise ValueError("there are no images to measure PCA on: at least one is needed")
+    return torch.cat(errors).mean().item()

@@ -1,0 +1,292 @@
+"""Flowers drawn with NumPy: the stand-in for Oxford Flowers102 where it cannot be downloaded.
+
+The splits have the sizes and labels of Flowers102; in the place of its 102 species stand invented
+ones that differ in petals, colours and centre. Each picture shows one flower with a position, size,
+tilt, light and background of its own. ``flower_factors`` returns the true factors of variation
+behind every picture, with which the latent dimensions of a VAE can be compared.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+
+FACTORS = (
+    *("x", "y", "radius", "rotation", "tilt_x", "tilt_y", "brightness", "light_x", "light_y"),
+    *("hue", "background", "background_light"),
+    *("petals", "rings", "inner", "width", "roundness", "fullness", "notch", "twist", "cup"),
+    *("throat", "stripe", "disc", "stamens"),
+    *("petal_red", "petal_green", "petal_blue", "tip_red", "tip_green", "tip_blue"),
+    *("throat_red", "throat_green", "throat_blue", "disc_red", "disc_green", "disc_blue"),
+)
+
+_CHANNELS = ("red", "green", "blue")
+_SEED = 102
+_LEAVES = 16
+
+# fmt: off
+# Pictures of each species in the test split of Flowers102; train and val have ten of each.
+_TEST_COUNTS = (
+    20, 40, 20, 36, 45, 25, 20, 65, 26, 25, 67, 67, 29, 28, 29, 21, 65, 62, 29, 36, 20, 39, 71, 22,
+    21, 21, 20, 46, 58, 65, 32, 25, 26, 20, 23, 55, 88, 36, 21, 47, 107, 39, 110, 73, 20, 176, 47,
+    51, 29, 72, 238, 65, 73, 41, 51, 89, 47, 94, 47, 89, 30, 35, 34, 32, 82, 41, 22, 34, 34, 42, 58,
+    76, 174, 151, 100, 87, 231, 117, 21, 85, 146, 92, 111, 66, 43, 38, 43, 134, 164, 62, 56, 46, 26,
+    142, 108, 71, 46, 62, 43, 29, 38, 28,
+)
+
+# A circle of colours in which neighbours blend naturally.
+_PETAL_COLOURS = np.array([
+    (0.99, 0.98, 0.96), (0.99, 0.93, 0.66), (1.00, 0.86, 0.10),  # white, cream, yellow
+    (1.00, 0.58, 0.05), (0.99, 0.52, 0.40), (0.92, 0.11, 0.09),  # orange, salmon, red
+    (0.70, 0.03, 0.18), (0.97, 0.25, 0.50), (1.00, 0.68, 0.80),  # crimson, rose, pink
+    (0.88, 0.25, 0.74), (0.52, 0.22, 0.78), (0.78, 0.65, 0.95),  # magenta, violet, lilac
+    (0.32, 0.38, 0.92), (0.68, 0.80, 1.00),                      # blue, pale blue
+])
+_DISC_COLOURS = np.array([  # yellow, gold, brown, lime
+    (1.00, 0.86, 0.10), (0.98, 0.72, 0.06), (0.28, 0.14, 0.06), (0.70, 0.78, 0.22),
+])
+_BACKGROUNDS = np.array([  # the dark and the light shade of each
+    [(0.03, 0.12, 0.02), (0.52, 0.70, 0.26)],  # foliage
+    [(0.00, 0.01, 0.01), (0.14, 0.24, 0.10)],  # shade
+    [(0.14, 0.10, 0.07), (0.68, 0.60, 0.48)],  # soil
+    [(0.30, 0.50, 0.80), (0.90, 0.95, 0.98)],  # sky
+    [(0.20, 0.30, 0.05), (0.90, 0.88, 0.55)],  # meadow
+], dtype=np.float32)
+# fmt: on
+
+
+def flower_labels(split: str) -> np.ndarray:
+    """Return the species of each picture, [n] int64 in 0..101: Flowers102's labels in its order.
+
+    Raises:
+        ValueError: if ``split`` is not one of ``SPLITS``.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    # Flowers102 files species 20 between 15 and 16; all others stand in ascending order.
+    order = np.array([*range(16), 20, *range(16, 20), *range(21, 102)], dtype=np.int64)
+    return np.repeat(order, np.array(_TEST_COUNTS)[order] if split == "test" else 10)
+
+
+def flower_factors(split: str) -> np.ndarray:
+    """Return the true factors of each picture, [n, len(FACTORS)] float32, in ``FACTORS``'s order.
+
+    Of the picture: the flower's centre (x to the right, y downwards) and its radius before the
+    tilt, in halves of the shorter side from the middle; rotation of the first petal, 0 to
+    2 pi / petals radians, after which a flower nearly repeats itself; tilt, a vector in the
+    direction in which the flower nods, its length the sine of the angle; brightness, a factor on
+    all values; light, a vector to where it comes from, its length the strength (0 to 1); hue, the
+    shift of the petals' colours around their circle (1: to the next); background (0 foliage,
+    1 shade, 2 soil, 3 sky, 4 meadow) and its light (0 to 1). The leaves out of focus are noise and
+    not listed.
+
+    Of the species: petals in a ring; rings (1 to 3); inner, each ring's radius over that of the one
+    around it; width, half a petal's over the angle between two; roundness and fullness, exponents
+    of the outline (see ``_petals``); notch, its depth at the tip; twist, the radians by which a
+    petal swirls; cup, the flower's depth; radii of throat, disc and stamens (0: none), the flower's
+    being 1; stripe, its strength (0 to 1).
+
+    Of both: red, green and blue (sRGB, 0 to 1) of petals, their tips, throat and disc.
+
+    Raises:
+        ValueError: if ``split`` is not one of ``SPLITS``.
+    """
+    labels = flower_labels(split)
+    n = len(labels)
+    # Counted from 1, because a seed's trailing zeros change nothing.
+    rng = np.random.default_rng([_SEED, 1 + SPLITS.index(split)])
+    factors = {name: column[labels] for name, column in _species().items()}
+    tilt = rng.uniform(0, 0.7, n) * np.exp(2j * np.pi * rng.random(n))
+    light = rng.random(n) * np.exp(2j * np.pi * rng.random(n))
+    factors["tilt_x"], factors["tilt_y"] = tilt.real, tilt.imag
+    factors["light_x"], factors["light_y"] = light.real, light.imag
+    factors["x"], factors["y"] = rng.uniform(-0.3, 0.3, (2, n))
+    factors["radius"] = rng.uniform(0.6, 1.1, n)
+    factors["rotation"] = rng.uniform(0, 2 * np.pi, n) / factors["petals"]
+    factors["brightness"] = rng.uniform(0.7, 1.2, n)
+    factors["hue"] = rng.uniform(-0.5, 0.5, n)
+    factors["background"] = rng.choice(len(_BACKGROUNDS), n, p=[0.35, 0.2, 0.15, 0.1, 0.2])
+    factors["background_light"] = rng.random(n)
+    for part in ("petal", "tip", "throat"):
+        place = factors[f"{part}_colour"] + factors["hue"]
+        for channel, circle in zip(_CHANNELS, _PETAL_COLOURS.T, strict=True):
+            column = np.interp(place, np.arange(len(circle)), circle, period=len(circle))
+            factors[f"{part}_{channel}"] = column
+    for channel, column in zip(_CHANNELS, _DISC_COLOURS[factors["disc_colour"]].T, strict=True):
+        factors[f"disc_{channel}"] = column
+    return np.stack([factors[name] for name in FACTORS], axis=1).astype(np.float32)
+
+
+def draw_flowers(
+    split: str,
+    image_resolution: tuple[int, int] = (32, 32),
+    indices: Sequence[int] | np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw pictures of a split; each depends on the split, its index and the resolution alone.
+
+    Args:
+        split: one of ``SPLITS``.
+        image_resolution: height and width in pixels, at least 8 each; the flower stays the same.
+        indices: the pictures to draw, [n] integers; None for all of the split.
+
+    Returns:
+        The pictures, [n, height, width, 3] uint8 (sRGB), in the order of ``indices``.
+
+    Raises:
+        ValueError: if the split is unknown, the resolution too small or an index out of range.
+    """
+    factors = flower_factors(split)
+    height, width = image_resolution
+    if min(height, width) < 8:
+        raise ValueError(f"image_resolution is {image_resolution}; both sides must be at least 8")
+    rows = np.arange(len(factors)) if indices is None else np.asarray(indices)
+    if rows.size and (rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= len(factors)):
+        raise ValueError(
+            f"indices are {rows.dtype} from {rows.min()} to {rows.max()}; for the {split} split "
+            f"they must be integers from 0 to {len(factors) - 1}"
+        )
+    pictures = np.empty((len(rows), height, width, 3), dtype=np.uint8)
+    # Arrays of this many pixels stay in the processor's cache.
+    chunk = max(1, 2**16 // (height * width))
+    for start in range(0, len(rows), chunk):
+        part = rows[start : start + chunk]
+        seeds = [(_SEED, 1 + SPLITS.index(split), 1 + index) for index in part.tolist()]
+        rngs = [np.random.default_rng(seed) for seed in seeds]
+        leaves = np.stack([rng.random((_LEAVES, 7), dtype=np.float32) for rng in rngs])
+        pictures[start : start + chunk] = _draw(factors[part], leaves, height, width)
+    return pictures
+
+
+def _species() -> dict[str, np.ndarray]:
+    """Invent the species: their factors, each [102]."""
+    rng, n = np.random.default_rng(_SEED), len(_TEST_COUNTS)
+
+    def some(share: float, low: float, high: float) -> np.ndarray:
+        return np.where(rng.random(n) < share, rng.uniform(low, high, n), 0)
+
+    petals = rng.permutation(np.resize([3, 4, 5, 5, 5, 6, 6, 8, 8, 11, 13, 16, 21], n))
+    few, lily = petals < 8, petals == 3
+    petal_colour = rng.permutation(np.resize(np.arange(len(_PETAL_COLOURS)), n))
+    return {
+        "petals": petals,
+        "rings": np.where(few, 1 + (lily | (rng.random(n) < 0.3)), rng.integers(1, 4, n)),
+        "inner": np.where(lily, 0.95, rng.uniform(0.65, 0.8, n)),
+        "width": np.where(lily, rng.uniform(0.4, 0.55, n), rng.uniform(0.5, 0.9, n)),
+        "roundness": rng.uniform(1, 3, n),
+        "fullness": np.where(few, rng.uniform(1.2, 2.5, n), rng.uniform(1.2, 3.5, n)),
+        "notch": some(0.4, 0.08, 0.2) * few,
+        "twist": some(0.3, -0.7, 0.7),
+        "cup": rng.uniform(0, 0.8, n),
+        "throat": np.maximum(some(0.6, 0.2, 0.5), 0.05),
+        "stripe": some(0.3, 0.4, 0.9),
+        "disc": np.where(few, rng.uniform(0.08, 0.17, n), rng.uniform(0.18, 0.38, n)),
+        "stamens": some(0.6, 0.25, 0.4) * few,
+        "petal_colour": petal_colour,
+        "tip_colour": petal_colour + rng.integers(-1, 2, n),
+        "throat_colour": rng.choice([0, 2, 6, 10], n),
+        "disc_colour": rng.integers(len(_DISC_COLOURS), size=n),
+    }
+
+
+def _draw(factors: np.ndarray, leaves: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Draw [n, height, width, 3] uint8 from factors, [n, len(FACTORS)], and leaves, [n, 16, 7].
+
+    Points and directions are complex numbers, x + iy; a leaf is seven numbers in 0..1.
+    """
+    f = {name: column[:, None, None] for name, column in zip(FACTORS, factors.T, strict=True)}
+    for part in ("petal", "tip", "throat", "disc"):
+        f[f"{part}_colour"] = np.stack([f[f"{part}_{channel}"] for channel in _CHANNELS], axis=-1)
+    f["light"], tilt = f["light_x"] + 1j * f["light_y"], f["tilt_x"] + 1j * f["tilt_y"]
+    pixel = 2 / min(height, width)
+    x, y = (np.arange(size, dtype=np.float32) + 0.5 - size / 2 for size in (width, height))
+    point = (x + 1j * y[:, None]).astype(np.complex64) * pixel
+    picture = _background(f, leaves, point)
+
+    # From the picture to the plane of the flower, in which its radius is 1.
+    place = (point - f["x"] - 1j * f["y"]) / f["radius"]
+    picture = _darken(picture, 0.6 * np.clip(1.3 - np.abs(place + 0.25 * f["light"]), 0, 1))
+    cosine = np.sqrt(1 - np.abs(tilt) ** 2)
+    stretch = (place * tilt.conj()).real / (cosine + cosine**2) - f["cup"] * np.abs(place)
+    f["place"], f["pixel"] = place + stretch * tilt, pixel / f["radius"]
+    picture = _centre(_petals(picture, f), f)
+    light = f["brightness"] * (1 + 0.25 * (point * f["light"].conj()).real)
+    return (np.clip(picture * light[..., None], 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _background(f: dict[str, np.ndarray], leaves: np.ndarray, point: np.ndarray) -> np.ndarray:
+    """Draw leaves out of focus and a few petals of other flowers, [n, height, width, 3]."""
+    dark, light = np.moveaxis(_BACKGROUNDS[f["background"].astype(int)], 3, 0)
+    picture = _mix(dark, light, f["background_light"])
+    for x, y, angle, length, width, shade, kind in leaves.transpose(1, 2, 0)[..., None, None]:
+        place = (point - 2.8 * (x - 0.5) - 2.8j * (y - 0.5)) * np.exp(1j * np.pi * angle)
+        size = (place.real / (0.3 + 0.5 * length)) ** 2 + (place.imag / (0.12 + 0.3 * width)) ** 2
+        leaf = _mix(dark, light, 0.6 * shade + 0.4 * f["background_light"])
+        colour = np.where(kind[..., None] < 0.08, 0.85 * f["petal_colour"], leaf)
+        picture = _mix(picture, colour, 0.9 * np.exp(-(size**2)))
+    return picture
+
+
+def _petals(picture: np.ndarray, f: dict[str, np.ndarray]) -> np.ndarray:
+    """Lay the petals over the picture, ring by ring.
+
+    The outline of a petal is |s| ** roundness + (r / length) ** fullness = 1, with the radius r and
+    with s the angle from its axis, 1 at half the petal's width.
+    """
+    sector = 2 * np.pi / f["petals"]
+    r = np.abs(f["place"]) + 1e-4
+    turn = (np.angle(f["place"]) - f["rotation"] + f["twist"] * r) / sector
+    # No petal is wider than two sectors, so that at most two of a ring meet in a pixel.
+    for ring, after in [(0, 1), (0, 0), (1, 1), (1, 0), (2, 1), (2, 0)]:
+        number = np.floor(turn + ring / 2) + after
+        offset = turn + ring / 2 - number
+        s = np.abs(offset) / f["width"] + 1e-4
+        # Petals of one flower differ a little in length.
+        length = f["inner"] ** ring * (1 + 0.06 * np.sin(2.4 * np.mod(number, f["petals"])))
+        length = length * (1 - f["notch"] * np.exp(-((s / 0.35) ** 2)))
+        side, end = s ** f["roundness"], (r / length) ** f["fullness"]
+        slope = np.hypot(f["roundness"] * side / (s * f["width"] * sector), f["fullness"] * end)
+        distance = (1 - side - end) * r / slope
+
+        along = np.minimum(r / length, 1)
+        throat = np.clip(1.5 - r / f["throat"], 0, 1)
+        stripe = f["stripe"] * np.exp(-((s / 0.3) ** 2)) * np.minimum(1.4 - 1.2 * along, 1)
+        colour = _mix(f["petal_colour"], f["tip_colour"], along**2)
+        colour = _mix(colour, f["throat_colour"], np.maximum(throat, stripe))
+        lit = f["light"] * np.exp(-1j * (f["rotation"] + (number - ring / 2) * sector))
+        depth = 0.85 + 0.25 * np.minimum(r, 1) - 0.04 * ring
+        midrib = 1 - 0.15 * np.exp(-((s / 0.12) ** 2)) - 0.15 * s**2
+        shade = depth * midrib * (1 + 0.15 * lit.real + 0.3 * lit.imag * offset)
+
+        there = f["rings"] > ring
+        shadow = 0.5 * np.clip(1 + distance / 0.15, 0, 1) * (1 - np.abs(offset))
+        picture = _darken(picture, shadow * there)
+        coverage = np.clip(0.5 + distance / f["pixel"], 0, 1)
+        picture = _mix(picture, colour * shade[..., None], coverage * there)
+    return picture
+
+
+def _centre(picture: np.ndarray, f: dict[str, np.ndarray]) -> np.ndarray:
+    """Lay the disc with its seeds and the anthers of the stamens over the picture."""
+    r, angle = np.abs(f["place"]), np.angle(f["place"])
+    near = np.minimum(r / f["disc"], 2)
+    picture = _darken(picture, 0.5 * np.clip(2.2 - 1.2 * near, 0, 1))
+    seeds = near * np.sin(6 * angle + 5 * near) * np.sin(6 * angle - 5 * near)
+    lit = (f["place"] * f["light"].conj()).real / f["disc"]
+    colour = f["disc_colour"] * (1.1 - 0.5 * near**2 + 0.25 * seeds + 0.3 * lit)[..., None]
+    picture = _mix(picture, colour, np.clip(0.5 + (f["disc"] - r) / f["pixel"], 0, 1))
+    sector = np.pi / f["petals"]  # two anthers for each petal
+    apart = np.mod(angle - f["rotation"] + sector / 2, sector) - sector / 2
+    distance = 0.05 - np.abs(r * np.exp(1j * apart) - f["stamens"])
+    coverage = np.clip(0.5 + distance / f["pixel"], 0, 1)
+    return _mix(picture, f["disc_colour"], coverage * (f["stamens"] > 0))
+
+
+def _mix(one: np.ndarray, other: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Blend colours [..., 3] by the weight of the other, [...] in 0..1."""
+    return one + (other - one) * weight[..., None]
+
+
+def _darken(picture: np.ndarray, shadow: np.ndarray) -> np.ndarray:
+    """Cast a shadow, [...] in 0..1, that spares bright channels as light through petals does."""
+    return picture * (1 - shadow[..., None] * (1 - 0.5 * picture))
