@@ -30,7 +30,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from datasets.pictures import DATASETS, Pictures, Splits, augment, load_splits, shuffled_loader
-from vae.checkpoint import load_checkpoint, replace_atomically, save_checkpoint
+from vae.checkpoint import is_finite, load_checkpoint, replace_atomically, save_checkpoint
 from vae.evaluation import evaluate, pca_squared_error
 from vae.losses import BETA_SCHEDULES, LIKELIHOODS, ELBOLoss, beta_at
 from vae.vae import VAE
@@ -111,7 +111,11 @@ class Options:
             )
 
 
-PRESETS: dict[str, dict[str, Any]] = {"post": {}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "post": {},
+    # Chosen on the validation split; results/practical_aspects.md has what each part buys.
+    "best": {"learning_rate": 2e-3, "lr_schedule": "cosine", "augment": True},
+}
 
 
 class Training:
@@ -210,7 +214,7 @@ class Training:
             FloatingPointError: if a weight is not finite; the checkpoint stays as it was.
             OSError: if the folder cannot be written to; the checkpoint stays as it was.
         """
-        if not all(weight.isfinite().all() for weight in self.model.state_dict().values()):
+        if not is_finite(self.model):
             raise FloatingPointError(f"a weight is no longer finite after epoch {self.epoch - 1}")
         path = folder / "checkpoint.pt"
         if path.exists():
@@ -239,6 +243,9 @@ class Training:
         Raises:
             ValueError: if it is damaged, or from training on other pictures.
         """
+        missing = {"optimiser", "epoch", "batch", "random", "events"} - checkpoint.keys()
+        if missing:
+            raise ValueError(f"the checkpoint cannot be resumed from: no {sorted(missing)} in it")
         if checkpoint.get("pictures") != pictures_checksum(self.splits):
             raise ValueError(
                 "the checkpoint is from training on other pictures: give --data-root the folder "
@@ -253,7 +260,7 @@ class Training:
             self.started = time.perf_counter() - checkpoint["seconds"]
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"the checkpoint cannot be resumed from: {error}") from None
-        if not all(weight.isfinite().all() for weight in self.model.state_dict().values()):
+        if not is_finite(self.model):
             raise ValueError("the checkpoint holds weights that are not finite")
 
 
@@ -629,7 +636,10 @@ def resumed_options(config: dict[str, Any], given: dict[str, Any]) -> Options:
         ValueError: if ``given`` would make it another experiment.
     """
     known = {each.name for each in fields(Options)}
-    before = Options(**{name: value for name, value in config.items() if name in known})
+    try:
+        before = Options(**{name: value for name, value in config.items() if name in known})
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"the checkpoint's options are not those of a run: {error}") from None
     free = {"data_root", "log_dir", "device", "checkpoint_every"}
     if before.beta_schedule == before.lr_schedule == "constant" and (
         given.get("epochs", before.epochs) >= before.epochs
@@ -691,6 +701,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if splits.dataset == "synthetic" and "synthetic" not in name:
                 name += "-synthetic"
             folder = new_folder(options, name, overwrite)
+    except Timeout:
+        command.error(f"another run is writing to {name}: wait for it, or stop it")
     except (ValueError, OSError) as error:
         command.error(str(error))
 
@@ -720,4 +732,8 @@ def fallback_notice(splits: Splits) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Stopped at once. --resume goes on from a run's last checkpoint", file=sys.stderr)
+        sys.exit(130)

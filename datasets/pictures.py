@@ -52,7 +52,7 @@ class Pictures(Dataset):
         """
         return self.pixels[index].movedim(-1, -3).float().div_(255), self.labels[index]
 
-    def batches(self, size: int = 512) -> Iterator[Tensor]:
+    def batches(self, size: int = 128) -> Iterator[Tensor]:
         """Yield all images in order, [batch, channels, height, width] float32 in [0, 1]."""
         for start in range(0, len(self), size):
             yield self[start : start + size][0]

@@ -66,7 +66,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of this model: it is damaged, or holds something other "
             "than tensors and plain values, which is not read because it could run code"
         ) from None
-    if not isinstance(checkpoint, dict) or not {"model", "config"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(part), dict) for part in ("model", "config")
+    ):
         raise ValueError(f"{path} is not a checkpoint of this model: no 'model' and 'config' in it")
     return checkpoint
 
@@ -89,9 +91,14 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[VAE, dic
         model.load_state_dict(checkpoint["model"])
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold this model: {_first_line(error)}") from None
-    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+    if not is_finite(model):
         raise ValueError(f"{path} holds weights that are not finite: use an earlier checkpoint")
     return model.to(device).eval(), config
+
+
+def is_finite(model: VAE) -> bool:
+    """Return whether every weight of the model is a finite number."""
+    return all(bool(weight.isfinite().all()) for weight in model.state_dict().values())
 
 
 def _first_line(error: Exception) -> str:
