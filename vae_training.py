@@ -33,7 +33,7 @@ from datasets.pictures import DATASETS, Pictures, Splits, augment, load_splits, 
 from vae.checkpoint import is_finite, load_checkpoint, replace_atomically, save_checkpoint
 from vae.evaluation import evaluate, pca_squared_error
 from vae.losses import BETA_SCHEDULES, LIKELIHOODS, ELBOLoss, beta_at
-from vae.vae import VAE
+from vae.vae import VAE, find_device
 
 ROOT = Path(__file__).parent
 EVALUATE_EVERY = 10
@@ -536,21 +536,6 @@ class StopRequest:
         """Give the signals back to whoever had them before."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device of that name; ``"auto"`` is the accelerator if there is one.
-
-    Raises:
-        ValueError: if there is no such device here.
-    """
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or ["unknown"])[0]
-        raise ValueError(f"--device {name} is not to be had here: {reason}") from None
 
 
 def flag(each: Field) -> str:

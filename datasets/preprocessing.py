@@ -32,11 +32,8 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
             that it may be a decompression bomb. The message names the file.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of odd metadata, and of over 89 million pixels, which still fit memory.
-            warnings.filterwarnings("ignore", module="PIL")
-            with Image.open(path) as image:
-                yield image
+        with Image.open(path) as image:
+            yield image
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
@@ -72,18 +69,21 @@ def read_photograph(
             white no file says.
     """
     height, width = image_resolution
-    with open_picture(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers; save it as PNG or JPEG")
-        if image.mode.startswith("I"):
-            # Pillow's own conversion clips the 16 bits to 8.
-            pixels = np.clip(np.asarray(image) / 257, 0, 255).round().astype(np.uint8)
-            image = Image.fromarray(pixels)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+    with warnings.catch_warnings():
+        # Pillow warns of odd metadata, and of over 89 million pixels, which still fit in memory.
+        warnings.filterwarnings("ignore", module="PIL")
+        with open_picture(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers; save it as PNG or JPEG")
+            if image.mode.startswith("I"):
+                # Pillow's own conversion clips the 16 bits to 8.
+                pixels = np.clip(np.asarray(image) / 257, 0, 255).round().astype(np.uint8)
+                image = Image.fromarray(pixels)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
     if centre_crop:
         image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     return functional.to_tensor(functional.resize(image, [height, width])).unsqueeze(0)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: if the file is missing, damaged, or not a checkpoint of this model.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # What PyTorch makes of strange files is said below, in one line.
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: a checkpoint.pt of a run is needed") from None
     except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:

@@ -86,3 +86,19 @@ class VAE(nn.Module):
             n, self.latent_size, generator=generator, device=weight.device, dtype=weight.dtype
         )
         return self.decoder(z)
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; ``"auto"`` is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["unknown"])[0]
+        raise ValueError(f"device {name} is not to be had here: {reason}") from None
+    return torch.device(name)

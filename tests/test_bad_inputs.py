@@ -1,0 +1,78 @@
+"""Bad input and what happens to it: the README's table, each row of it run.
+
+``python -m tests.test_bad_inputs`` prints the table.
+"""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TRAINING = (
+    ("--epochs 0", "--epochs is 0: at least 1 is needed"),
+    ("--epochs many", "argument --epochs: invalid int value: 'many'"),
+    ("--image-size 30", "--image-size is 30: a multiple of 8 is needed"),
+    ("--latent-size 0", "--latent-size is 0: at least 1 is needed"),
+    ("--batch-size -1", "--batch-size is -1: at least 1 is needed"),
+    ("--beta -1", "--beta is -1.0: a number of at least 0 is needed"),
+    ("--learning-rate nan", "--learning-rate is nan: a number above 0 is needed"),
+    ("--seed -1", "--seed is -1: 0 to 2**32 - 1 is needed"),
+    (
+        "--beta-schedule linear --warmup-epochs 9 --epochs 5",
+        "--warmup-epochs is 9: 0 to 5 (--epochs) is needed",
+    ),
+    ("--beta-schedule cyclical --cycles 0", "--cycles is 0: at least 1 is needed"),
+    (
+        "--beta-schedule steep",
+        "argument --beta-schedule: invalid choice: 'steep' (choose from ",
+    ),
+    ("--likelihood laplace", "argument --likelihood: invalid choice: 'laplace' (choose from "),
+    ("--preset worst", "argument --preset: invalid choice: 'worst' (choose from "),
+    ("--device abacus", "device abacus is not to be had here: "),
+    (
+        "--run-name ../elsewhere",
+        "--run-name is '../elsewhere': letters, digits and _ . + = - are needed, with no dot "
+        "first or last",
+    ),
+    ("--image-size 80000", "pictures of 80000x80000 need "),
+    ("--resume nowhere", "nowhere/checkpoint.pt does not exist: a checkpoint.pt of a run is needed"),
+)
+
+
+def readme_table() -> str:
+    rows = ["| `python vae_training.py` | one line, exit status 2 |", "| --- | --- |"]
+    for arguments, message in TRAINING:
+        more = " …" if message.endswith(" ") else ""
+        rows.append(f"| `{arguments}` | {message.strip().replace('|', '')}{more} |")
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize(("arguments", "message"), TRAINING)
+def test_bad_input_is_answered_by_one_line_and_status_2(arguments, message, tmp_path, capsys):
+    from vae_training import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main([*shlex.split(arguments), "--dataset", "synthetic", "--log-dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith(f"{Path(sys.argv[0]).name}: error: {message}")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_shows_these_answers():
+    assert readme_table() in (ROOT / "README.md").read_text()
+
+
+def test_the_table_is_made_by_running_this_file():
+    printed = subprocess.run(
+        [sys.executable, "-m", "tests.test_bad_inputs"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert printed.stdout.strip() == readme_table()
+
+
+if __name__ == "__main__":
+    print(readme_table())
