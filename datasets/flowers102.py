@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 from torchvision.datasets import Flowers102
@@ -75,7 +76,7 @@ def download(data_root: Path) -> None:
         try:
             with _socket_timeout(TIMEOUT):
                 download_url(prefix + name, folder, md5=md5)
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException) as error:
             raise ServerUnreachableError(f"{prefix + name}: {error}") from None
         except RuntimeError:
             raise ValueError(
@@ -108,7 +109,7 @@ def _ask_server(url: str) -> None:
         try:
             urllib.request.urlopen(url, timeout=TIMEOUT).close()
             failures.clear()
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             failures[:] = [error]
 
     # In a thread of its own, because looking a name up knows no time-out.

@@ -38,7 +38,10 @@ TRAINING = (
         "first or last",
     ),
     ("--image-size 80000", "pictures of 80000x80000 need "),
-    ("--resume nowhere", "nowhere/checkpoint.pt does not exist: a checkpoint.pt of a run is needed"),
+    (
+        "--resume nowhere",
+        "nowhere/checkpoint.pt does not exist: a checkpoint.pt of a run is needed",
+    ),
 )
 
 

@@ -73,12 +73,17 @@ class Encoder(nn.Module):
 
         Raises:
             ValueError: if ``x`` is not a batch of images of the encoder's resolution.
+            TypeError: if ``x`` is of another dtype than the weights.
         """
         if x.ndim != 4 or x.shape[1:] != self.image_shape:
             channels, height, width = self.image_shape
             raise ValueError(
                 f"the encoder was given a tensor of shape {list(x.shape)}: it needs "
                 f"[batch, {channels}, {height}, {width}] (batch, channels, height, width)"
+            )
+        if x.dtype != self.conv1.weight.dtype:
+            raise TypeError(
+                f"the encoder was given {x.dtype}: it needs {self.conv1.weight.dtype}, in [0, 1]"
             )
         x = self.act1(self.pool1(self.norm1(self.conv1(x))))
         x = self.act2(self.pool2(self.norm2(self.conv2(x))))

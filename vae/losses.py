@@ -64,9 +64,10 @@ class ELBOLoss(nn.Module):
                 f"{list(reconstruction.shape)}: both need the same "
                 "[batch, channels, height, width] with at least one image"
             )
-        if latent_mean.shape != latent_log_var.shape or len(latent_mean) != len(original):
+        shape = latent_mean.shape
+        if len(shape) != 2 or shape != latent_log_var.shape or shape[0] != len(original):
             raise ValueError(
-                f"latent_mean has shape {list(latent_mean.shape)} and latent_log_var "
+                f"latent_mean has shape {list(shape)} and latent_log_var "
                 f"{list(latent_log_var.shape)}: both need to be [{len(original)}, latent]"
             )
         kl_loss = self.kl_loss(latent_mean, latent_log_var)
@@ -82,7 +83,15 @@ class ELBOLoss(nn.Module):
         """Return the likelihood's loss, summed over each image, mean over the batch."""
         if self.likelihood == "bernoulli":
             # PyTorch clamps the logarithms at -100, so outputs of exactly 0 and 1 stay finite.
-            loss = functional.binary_cross_entropy(reconstruction, original, reduction="sum")
+            try:
+                loss = functional.binary_cross_entropy(reconstruction, original, reduction="sum")
+            except RuntimeError:
+                if reconstruction.isnan().any():
+                    return reconstruction.sum()  # NaN, for the training loop to stop at
+                raise ValueError(
+                    "the Bernoulli likelihood was given a reconstruction that is not in [0, 1], or "
+                    f"{reconstruction.dtype} beside {original.dtype}"
+                ) from None
             return loss / len(original)
         squared_error = torch.square(original - reconstruction).sum(dim=(1, 2, 3))
         if self.likelihood == "gaussian":
