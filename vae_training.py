@@ -699,7 +699,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         command.error(str(error))
     except (FloatingPointError, OSError) as error:
-        print(f"error: {error}. The last good checkpoint is in {folder}", file=sys.stderr)
+        kept = (folder / "checkpoint.pt").exists()
+        after = f"The last good checkpoint is in {folder}" if kept else "There is no checkpoint yet"
+        print(f"error: {error}. {after}", file=sys.stderr)
         return 1
     except StoppedError as stopped:
         again = shlex.join([sys.executable, sys.argv[0], "--resume", str(folder)])
@@ -716,7 +718,14 @@ def fallback_notice(splits: Splits) -> str:
     return f"{splits.fallback}. This run is on SYNTHETIC flowers, not on photographs."
 
 
+def leave_to_main(error: threading.ExceptHookArgs) -> None:
+    """Keep a full disk in TensorBoard's thread to the one line that ``main`` prints of it."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
+
+
 if __name__ == "__main__":
+    threading.excepthook = leave_to_main
     try:
         sys.exit(main())
     except KeyboardInterrupt:
