@@ -401,16 +401,17 @@ def write_evaluation(writer: SummaryWriter, training: Training) -> None:
         writer.add_scalar(f"validation/{name}", metrics[name], training.epoch)
     for dimension, kl in enumerate(metrics["kl_per_dimension"]):
         writer.add_scalar(f"kl_per_dimension/{dimension:03}", kl, training.epoch)
-    writer.add_image("pairs", test_pairs(training), training.epoch)
-    samples = training.model.sample(32, training.look())
+    # Few and small: TensorBoard takes its time over each byte of a picture.
+    writer.add_image("pairs", test_pairs(training, 16), training.epoch)
+    samples = training.model.sample(16, training.look())
     writer.add_image("samples", make_grid(samples), training.epoch)
 
 
 @torch.no_grad()
-def test_pairs(training: Training) -> Tensor:
+def test_pairs(training: Training, count: int) -> Tensor:
     """Return a grid: odd rows test pictures, even rows their reconstructions, as in the post."""
     test = training.splits.test
-    originals = test[:: max(1, len(test) // 32)][0][:32]
+    originals = test[:: max(1, len(test) // count)][0][:count]
     training.model.eval()
     reconstructions, _, _ = training.model(originals, training.look())
     rows = zip(originals.split(8), reconstructions.split(8), strict=True)
@@ -451,7 +452,7 @@ def write_results(writer: SummaryWriter, training: Training, folder: Path) -> di
         file.write(json.dumps(metrics, indent=2).encode())
     with torch.no_grad():
         samples = make_grid(model.sample(64, training.look()))
-    for name, grid in (("reconstructions", test_pairs(training)), ("samples", samples)):
+    for name, grid in (("reconstructions", test_pairs(training, 32)), ("samples", samples)):
         with replace_atomically(folder / f"{name}.png") as file:
             save_image(grid, file, format="png")
 
@@ -475,7 +476,7 @@ def write_latents(writer: SummaryWriter, training: Training) -> None:
     count = min(2000, (8192 // training.options.image_size) ** 2)
     pictures, labels = test[:: max(1, -(-len(test) // count))]
     training.model.eval()
-    means, _ = training.model.encode(pictures)
+    means = torch.cat([training.model.encode(batch)[0] for batch in pictures.split(64)])
     names = Flowers102.classes if training.splits.dataset == "flowers102" else range(102)
     species = [str(names[label]) for label in labels.tolist()]
     writer.add_embedding(means, metadata=species, label_img=pictures, tag="test_latents")

@@ -44,8 +44,8 @@ def plot_pictures(run: Path, path: Path, photographs: bool) -> None:
             grid = np.asarray(Image.open(io.BytesIO(images[epoch])))
             if tag == "pairs":
                 # Rows of 34 pixels: odd ones show test pictures, even ones what was drawn of them.
-                rows = [grid[2 + 34 * number :][:34] for number in range(8)]
-                grid = np.concatenate(rows[1::2] if photographs else rows[:4])
+                rows = [grid[start:][:34] for start in range(2, len(grid), 34)]
+                grid = np.concatenate(rows[1::2] if photographs else rows)
             axes[row, column].imshow(grid)
             axes[row, column].set(xticks=[], yticks=[])
             axes[row, column].set_title(f"{title}, epoch {epoch}")

@@ -50,9 +50,13 @@ class Pictures(Dataset):
         [batch, channels, height, width] (channels last in memory) for more: bit for bit
         ``ToTensor`` of the pixels.
         """
-        return self.pixels[index].movedim(-1, -3).float().div_(255), self.labels[index]
+        if isinstance(index, Tensor):
+            pixels, labels = self.pixels.index_select(0, index), self.labels.index_select(0, index)
+        else:
+            pixels, labels = self.pixels[index], self.labels[index]
+        return pixels.movedim(-1, -3).float().div_(255), labels
 
-    def batches(self, size: int = 128) -> Iterator[Tensor]:
+    def batches(self, size: int = 64) -> Iterator[Tensor]:
         """Yield all images in order, [batch, channels, height, width] float32 in [0, 1]."""
         for start in range(0, len(self), size):
             yield self[start : start + size][0]
