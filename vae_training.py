@@ -30,7 +30,13 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from datasets.pictures import DATASETS, Pictures, Splits, augment, load_splits, shuffled_loader
-from vae.checkpoint import is_finite, load_checkpoint, replace_atomically, save_checkpoint
+from vae.checkpoint import (
+    first_line,
+    is_finite,
+    load_checkpoint,
+    replace_atomically,
+    save_checkpoint,
+)
 from vae.evaluation import evaluate, pca_squared_error
 from vae.losses import BETA_SCHEDULES, LIKELIHOODS, ELBOLoss, beta_at
 from vae.vae import VAE, find_device
@@ -88,9 +94,9 @@ class Options:
         if self.image_size < 8 or self.image_size % 8:
             raise ValueError(f"--image-size is {self.image_size}: a multiple of 8 is needed")
         for name in ("latent_size", "epochs", "batch_size", "cycles", "checkpoint_every"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) <= 10**6:
                 shown = name.replace("_", "-")
-                raise ValueError(f"--{shown} is {getattr(self, name)}: at least 1 is needed")
+                raise ValueError(f"--{shown} is {getattr(self, name)}: 1 to 1000000 is needed")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"--learning-rate is {self.learning_rate}: a number above 0 is needed")
         if not (math.isfinite(self.beta) and self.beta >= 0):
@@ -237,15 +243,12 @@ class Training:
         }
         save_checkpoint(checkpoint, path)
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from ``checkpoint`` as if there had been no interruption.
+    def restore(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Go on in ``folder`` from ``checkpoint`` as if there had been no interruption.
 
         Raises:
             ValueError: if it is damaged, or from training on other pictures.
         """
-        missing = {"optimiser", "epoch", "batch", "random", "events"} - checkpoint.keys()
-        if missing:
-            raise ValueError(f"the checkpoint cannot be resumed from: no {sorted(missing)} in it")
         if checkpoint.get("pictures") != pictures_checksum(self.splits):
             raise ValueError(
                 "the checkpoint is from training on other pictures: give --data-root the folder "
@@ -256,12 +259,20 @@ class Training:
             self.optimiser.load_state_dict(checkpoint["optimiser"])
             self.noise.set_state(checkpoint["random"]["noise"])
             self.epoch_order = checkpoint["random"]["order"]
-            self.epoch, self.batch = checkpoint["epoch"], checkpoint["batch"]
+            self.shuffle.set_state(self.epoch_order)
+            self.epoch, self.batch = int(checkpoint["epoch"]), int(checkpoint["batch"])
             self.started = time.perf_counter() - checkpoint["seconds"]
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the checkpoint cannot be resumed from: {error}") from None
+            events = {name: int(size) for name, size in checkpoint["events"].items()}
+            if self.epoch < 0 or not 0 <= self.batch < len(self.loader):
+                raise ValueError(f"epoch {self.epoch}, batch {self.batch} is not in the run")
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"the checkpoint cannot be resumed from: {reason}") from None
         if not is_finite(self.model):
             raise ValueError("the checkpoint holds weights that are not finite")
+        drop_later_events(folder, events)
+        for left in folder.glob(".*.pt.*"):
+            left.unlink()
 
 
 def train(
@@ -291,8 +302,7 @@ def train(
     """
     training = Training(options, splits)
     if checkpoint is not None:
-        training.restore(checkpoint)
-        drop_later_events(folder, checkpoint["events"])
+        training.restore(checkpoint, folder)
     model, loss, optimiser = training.model, training.loss, training.optimiser
     test_batches = islice(test_pictures(training), training.epoch, None)
     on_cpu = training.device.type == "cpu"
@@ -328,20 +338,24 @@ def train(
             if training.batch == len(training.loader):
                 # At the end of every epoch, create reconstructions of one batch of test data
                 write_test_batch(writer, training, next(test_batches))
+                writer.add_scalar("beta", loss.beta, training.step - 1)
                 if progress:
                     bar.write(epoch_line(training.epoch, *last_losses))
                     bar.update()
                 training.end_epoch()
                 if training.epoch % EVALUATE_EVERY == 0:
                     write_evaluation(writer, training)
-            if stop.requested or training.epoch % options.checkpoint_every == 0:
+            # Once, because a signal may come between two looks.
+            stopped_by = stop.requested
+            if stopped_by or training.epoch % options.checkpoint_every == 0:
                 writer.flush()
                 training.save(folder)
-            if stop.requested:
-                raise StoppedError(stop.requested)
+            if stopped_by:
+                raise StoppedError(stopped_by)
 
-        writer.flush()
-        training.save(folder)
+        if training.epoch % options.checkpoint_every:
+            writer.flush()
+            training.save(folder)
         return model, write_results(writer, training, folder)
 
 
@@ -380,7 +394,6 @@ def write_losses(
             )
         points = {"KL Loss": kl, "Reconstruction Loss": reconstruction, "Total Loss": total}
         writer.add_scalars("loss", points, first_step + number)
-    writer.add_scalar("beta", training.loss.beta, training.step - 1)
     return kl, reconstruction, total
 
 
@@ -427,7 +440,7 @@ def write_results(writer: SummaryWriter, training: Training, folder: Path) -> di
     Raises:
         OSError: if ``folder`` cannot be written to.
     """
-    options, model, splits = training.options, training.model, training.splits
+    options, model, splits = training.options, training.model.eval(), training.splits
     seconds = time.perf_counter() - training.started
     components = options.latent_size
     pca_error = pca_squared_error(splits.train[:][0], splits.test.batches(), components)
@@ -479,6 +492,7 @@ def write_latents(writer: SummaryWriter, training: Training) -> None:
     means = torch.cat([training.model.encode(batch)[0] for batch in pictures.split(64)])
     names = Flowers102.classes if training.splits.dataset == "flowers102" else range(102)
     species = [str(names[label]) for label in labels.tolist()]
+    shutil.rmtree(Path(writer.log_dir) / "00000", ignore_errors=True)
     writer.add_embedding(means, metadata=species, label_img=pictures, tag="test_latents")
 
 
@@ -587,7 +601,10 @@ def new_folder(options: Options, name: str, overwrite: bool) -> Path:
                 f"{folder} exists already: give another --run-name, --resume {name} to go on "
                 "with it, or --overwrite to replace it"
             )
-        if any(folder.iterdir()) and not (folder / "checkpoint.pt").exists():
+        # A run that ended before its first checkpoint has left its lock, or events beside it.
+        if any(folder.iterdir()) and not any(
+            (folder / name).exists() for name in ("checkpoint.pt", ".lock")
+        ):
             raise ValueError(f"{folder} is not a run (no checkpoint.pt in it): it is not replaced")
         with run_lock(folder):
             shutil.rmtree(folder)
@@ -612,7 +629,10 @@ def find_checkpoint(folder: Path) -> dict[str, Any]:
         if not (folder / "checkpoint.previous.pt").exists():
             raise
         print(f"warning: {error}; going on from the one before it", file=sys.stderr)
-        return load_checkpoint(folder / "checkpoint.previous.pt")
+        checkpoint = load_checkpoint(folder / "checkpoint.previous.pt")
+        # Or the next save would keep the damaged one as the one before it.
+        save_checkpoint(checkpoint, folder / "checkpoint.pt")
+        return checkpoint
 
 
 def resumed_options(config: dict[str, Any], given: dict[str, Any]) -> Options:
@@ -665,9 +685,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser()
     given = vars(command.parse_args(arguments))
     preset, overwrite, resume = (given.pop(name) for name in ("preset", "overwrite", "resume"))
+    if overwrite and resume is not None:
+        command.error("--resume goes on with a run and --overwrite replaces it: give one of them")
     try:
         checkpoint = None
-        if resume:
+        if resume is not None:
             folder = Path(given.get("log_dir", Options.log_dir)) / resume
             folder = folder if folder.is_dir() else Path(resume)
             checkpoint = find_checkpoint(folder)
@@ -682,7 +704,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         splits = load_splits(options.dataset, Path(options.data_root), size)
         if splits.fallback:
             print(f"warning: {fallback_notice(splits)}", file=sys.stderr)
-        if not resume:
+        if resume is None:
             options = replace(options, dataset=splits.dataset)
             if splits.dataset == "synthetic" and "synthetic" not in name:
                 name += "-synthetic"

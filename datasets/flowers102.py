@@ -72,7 +72,9 @@ def download(data_root: Path) -> None:
     folder = data_root / "flowers-102"
     _ask_server(prefix + Flowers102._file_dict["setid"][0])
     folder.mkdir(parents=True, exist_ok=True)
-    for name, md5 in Flowers102._file_dict.values():
+    for part, (name, md5) in Flowers102._file_dict.items():
+        if part == "image" and (folder / "jpg").is_dir():
+            continue
         try:
             with _socket_timeout(TIMEOUT):
                 download_url(prefix + name, folder, md5=md5)

@@ -176,7 +176,7 @@ def compute_once(
         kept = torch.load(path, weights_only=True)
         if kept["key"] == key and kept["crc32"] == zlib.crc32(kept["pixels"].numpy()):
             return kept["pixels"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, TypeError, ValueError,
             AttributeError) as error:  # fmt: skip

@@ -125,7 +125,12 @@ def is_noticed(mutation: Mutation) -> bool:
             sys.exit(f"{mutation.what}: {mutation.before!r} is no longer in {mutation.file}")
         path.write_text(text.replace(mutation.before, mutation.after, 1))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", mutation.tests]
-        return subprocess.run(command, cwd=copy, capture_output=True).returncode == 1
+        try:
+            return (
+                subprocess.run(command, cwd=copy, capture_output=True, timeout=300).returncode == 1
+            )
+        except subprocess.TimeoutExpired:
+            return True
 
 
 def main() -> None:

@@ -95,15 +95,11 @@ def test_log_variances_from_minus_50_to_50_give_finite_losses_and_gradients(
     likelihood=st.sampled_from(LIKELIHOODS),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_a_loss_of_finite_images_is_finite_or_refused(original, reconstruction, likelihood, dtype):
+def test_a_loss_of_finite_images_is_finite(original, reconstruction, likelihood, dtype):
     x = torch.full((2, 3, 8, 8), original, dtype=dtype)
     y = torch.full((2, 3, 8, 8), reconstruction, dtype=dtype)
     latent = torch.zeros(2, 1)
-    if likelihood == "bernoulli" and not 0 <= y[0, 0, 0, 0] <= 1:
-        with pytest.raises(ValueError, match=r"not in \[0, 1\]"):
-            ELBOLoss(1.0, likelihood)(x, y, latent, latent)
-    else:
-        assert ELBOLoss(1.0, likelihood)(x, y, latent, latent)[3].isfinite()
+    assert ELBOLoss(1.0, likelihood)(x, y, latent, latent)[3].isfinite()
 
 
 @given(shapes=st.lists(shapes, min_size=4, max_size=4))

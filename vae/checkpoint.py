@@ -4,6 +4,7 @@ import os
 import pickle
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,19 +58,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: if the file is missing, damaged, or not a checkpoint of this model.
     """
     try:
+        # The checksums, which PyTorch's reader does not look at: a flipped bit is another weight.
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it is damaged")
         with warnings.catch_warnings():
             # What PyTorch makes of strange files is said below, in one line.
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: a checkpoint.pt of a run is needed") from None
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from None
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} is not a checkpoint of this model: it is damaged, or holds something other "
             "than tensors and plain values, which is not read because it could run code"
         ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            AssertionError, zipfile.BadZipFile) as error:  # fmt: skip
+        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     if not isinstance(checkpoint, dict) or not all(
         isinstance(checkpoint.get(part), dict) for part in ("model", "config")
     ):
@@ -94,7 +100,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[VAE, dic
         )
         model.load_state_dict(checkpoint["model"])
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold this model: {_first_line(error)}") from None
+        raise ValueError(f"{path} does not hold this model: {first_line(error)}") from None
     if not is_finite(model):
         raise ValueError(f"{path} holds weights that are not finite: use an earlier checkpoint")
     return model.to(device).eval(), config
@@ -105,5 +111,6 @@ def is_finite(model: VAE) -> bool:
     return all(bool(weight.isfinite().all()) for weight in model.state_dict().values())
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return an error's message without what PyTorch adds below its first line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -98,7 +98,7 @@ def find_device(name: str) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).splitlines() or ["unknown"])[0]
         raise ValueError(f"device {name} is not to be had here: {reason}") from None
     return torch.device(name)

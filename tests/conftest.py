@@ -1,0 +1,205 @@
+"""What the tests share: a small Flowers102 of real files, a server for it, and small splits."""
+
+import functools
+import hashlib
+import shutil
+import socket
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets import Flowers102
+
+from datasets import preprocessing
+from datasets.pictures import Pictures, Splits
+
+SIZES = {"train": 20, "val": 6, "test": 34}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # On tensors as small as the tests', threads only wait for each other.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_outside_of_the_repository(tmp_path_factory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocessing, "CACHE_FOLDER", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch) -> Path:
+    """An empty cache of the test's own."""
+    monkeypatch.setattr(preprocessing, "CACHE_FOLDER", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def draw_picture(index: int) -> Image.Image:
+    """One picture of noise, soft enough for JPEG; sizes and colour modes differ."""
+    rng = np.random.default_rng(index)
+    width, height = [(1, 1), (64, 64), (50, 67), (333, 21), (7, 90), (32, 32)][index % 6]
+    rough = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+    mode = {4: "L", 9: "CMYK"}.get(index % 10, "RGB")
+    return rough.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def write_flowers(folder: Path, sizes: dict[str, int] = SIZES) -> dict[str, tuple[str, str]]:
+    """Write the three files of a small Flowers102, and return them as torchvision lists them."""
+    count = sum(sizes.values())
+    (folder / "jpg").mkdir(parents=True)
+    for number in range(1, count + 1):
+        draw_picture(number).save(folder / "jpg" / f"image_{number:05d}.jpg", quality=90)
+    with tarfile.open(folder / "102flowers.tgz", "w:gz") as archive:
+        archive.add(folder / "jpg", "jpg")
+    shutil.rmtree(folder / "jpg")
+    # Shuffled, as the real one's are: an error of order must show.
+    numbers = np.random.default_rng(0).permutation(np.arange(1, count + 1))
+    train, val, test = np.split(numbers, np.cumsum(list(sizes.values()))[:-1])
+    savemat(folder / "setid.mat", {"trnid": train, "valid": val, "tstid": test})
+    savemat(folder / "imagelabels.mat", {"labels": 1 + np.arange(count) % 102})
+    names = {"image": "102flowers.tgz", "label": "imagelabels.mat", "setid": "setid.mat"}
+    return {part: (name, md5_of(folder / name)) for part, name in names.items()}
+
+
+def md5_of(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def flowers_files(tmp_path_factory) -> tuple[Path, dict[str, tuple[str, str]]]:
+    """A folder with the files of the small Flowers102, and torchvision's list of them."""
+    folder = tmp_path_factory.mktemp("flowers")
+    return folder, write_flowers(folder)
+
+
+@pytest.fixture
+def flowers(flowers_files, monkeypatch) -> Path:
+    """The files of the small Flowers102, which torchvision takes for the real one."""
+    folder, files = flowers_files
+    monkeypatch.setattr(Flowers102, "_file_dict", files)
+    return folder
+
+
+@pytest.fixture
+def data_root(flowers, tmp_path) -> Path:
+    """A data root in which the small Flowers102 is already unpacked."""
+    folder = tmp_path / "data" / "flowers-102"
+    folder.mkdir(parents=True)
+    for name in ("imagelabels.mat", "setid.mat"):
+        shutil.copy(flowers / name, folder)
+    with tarfile.open(flowers / "102flowers.tgz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder.parent
+
+
+class FlowersHandler(SimpleHTTPRequestHandler):
+    """Serves a folder, and breaks where the test asks for it."""
+
+    def do_GET(self) -> None:
+        name = self.path.lstrip("/")
+        self.server.asked_for.append(name)
+        fault = self.server.faults.get(name)
+        super().do_GET() if fault is None else fault(self)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class FlowersServer(ThreadingHTTPServer):
+    """A server on 127.0.0.1; ``faults`` maps file names to what happens instead of an answer."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), functools.partial(FlowersHandler, directory=folder))
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+        self.asked_for: list[str] = []
+        self.faults: dict[str, Callable[[FlowersHandler], None]] = {}
+        self.stopping = threading.Event()
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of clients that hang up."""
+
+    def say_nothing(self, _: FlowersHandler) -> None:
+        """Accept the request and leave it at that."""
+        self.stopping.wait(30)
+
+    @staticmethod
+    def cut_off(handler: FlowersHandler) -> None:
+        """Promise the file and hang up halfway."""
+        content = Path(handler.translate_path(handler.path)).read_bytes()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content[: len(content) // 2])
+
+    @staticmethod
+    def garble(handler: FlowersHandler) -> None:
+        """Send other bytes than the file's."""
+        content = b"no flowers today"
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    @staticmethod
+    def fail(handler: FlowersHandler) -> None:
+        """Answer with an internal error."""
+        handler.send_error(500)
+
+    @staticmethod
+    def speak_another_language(handler: FlowersHandler) -> None:
+        """Answer with what is no HTTP."""
+        handler.wfile.write(b"220 flowers.example ESMTP ready\r\n")
+
+
+@pytest.fixture
+def server(flowers, monkeypatch) -> Iterator[FlowersServer]:
+    """A server of the small Flowers102, in the place of the university's."""
+    monkeypatch.setenv("no_proxy", "*")
+    with FlowersServer(flowers) as server:
+        monkeypatch.setattr(Flowers102, "_download_url_prefix", server.url)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.stopping.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def no_server(flowers, monkeypatch) -> str:
+    """Flowers102's address, where every connection is refused."""
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
+    monkeypatch.setattr(Flowers102, "_download_url_prefix", url)
+    return url
+
+
+def make_splits(train: int = 20, val: int = 6, test: int = 34, size: int = 8) -> Splits:
+    """Return small splits of random pixels, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pictures(count: int) -> Pictures:
+        shape = (count, size, size, 3)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return Pictures(pixels, torch.arange(count) % 102)
+
+    return Splits(pictures(train), pictures(val), pictures(test), "synthetic", None)
+
+
+@pytest.fixture(scope="session")
+def splits() -> Splits:
+    """Small splits: three batches of 8 in an epoch, the last one of 4."""
+    return make_splits()

@@ -1,0 +1,260 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from vae.checkpoint import load_checkpoint, load_model, replace_atomically, save_checkpoint
+from vae.vae import VAE
+
+CONFIG = {
+    "image_resolution": [8, 8],
+    "latent_size": 2,
+    "image_channels": 3,
+    "batch_norm": False,
+    "beta": 0.1,
+}
+
+
+class CreatesFile:
+    """Unpickled carelessly, it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def checkpoint_of(model: VAE, **changes: object) -> dict:
+    return {"model": model.state_dict(), "config": CONFIG | changes, "epoch": 3}
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """A good checkpoint."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(checkpoint_of(VAE((8, 8), 2, 3)), path)
+    return path
+
+
+# Writing.
+
+
+def test_a_checkpoint_reads_as_it_was_written(tmp_path):
+    checkpoint = checkpoint_of(VAE((8, 8), 2, 3))
+    save_checkpoint(checkpoint, tmp_path / "checkpoint.pt")
+    read = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert read["config"] == CONFIG
+    assert read["epoch"] == 3
+    assert all(
+        torch.equal(read["model"][name], value) for name, value in checkpoint["model"].items()
+    )
+
+
+def test_pytorch_itself_reads_a_checkpoint_with_weights_only(path):
+    assert torch.load(path, weights_only=True)["config"] == CONFIG
+
+
+def test_a_checkpoint_takes_the_place_of_the_one_before_it_and_leaves_nothing_else(path):
+    save_checkpoint({"model": {}, "config": {}}, path)
+    assert load_checkpoint(path) == {"model": {}, "config": {}}
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(error), replace_atomically(path) as file:
+        file.write(b"half of the new")
+        file.flush()
+        raise error
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_until_the_new_file_is_whole_readers_see_the_old_one(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with replace_atomically(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_others_may_read_the_new_file(tmp_path):
+    with replace_atomically(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+def test_what_cannot_be_saved_leaves_the_checkpoint_before_it(path):
+    before = path.read_bytes()
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save_checkpoint({"model": lambda: None, "config": {}}, path)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        save_checkpoint({}, tmp_path / "nowhere" / "checkpoint.pt")
+
+
+# Reading what is no good checkpoint.
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere\.pt does not exist: a checkpoint\.pt"):
+        load_checkpoint(tmp_path / "nowhere.pt")
+
+
+def test_a_folder_in_its_place_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read as a checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_checkpoint_is_named(path, share):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_damaged_anywhere_is_read_or_refused_and_never_crashes(path):
+    content = path.read_bytes()
+    # The last bytes hold the archive's directory, the first ones the pickle.
+    places = [*range(0, 2000, 13), *range(len(content) - 2000, len(content), 13)]
+    refused = 0
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            load_model(path)
+        except ValueError as error:
+            refused += 1
+            assert "checkpoint.pt" in str(error)
+            assert "\n" not in str(error)
+    assert refused > 20
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(b"\xff\xd8\xff\xe0" + bytes(5000))
+    with pytest.raises(ValueError, match=r"picture\.jpg"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content", [3, [1, 2], torch.ones(2), {}, {"model": {}}, {"config": {}}, {"state_dict": {}}]
+)
+def test_a_foreign_checkpoint_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match=r"foreign\.pt is not a checkpoint.*'model' and 'config'"):
+        load_checkpoint(tmp_path / "foreign.pt")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    victim = tmp_path / "victim"
+    torch.save({"model": CreatesFile(victim), "config": CONFIG}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=r"evil\.pt is not a checkpoint.*could run code"):
+        load_checkpoint(tmp_path / "evil.pt")
+    assert not victim.exists()
+
+
+def test_a_plain_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    victim = tmp_path / "victim"
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(CreatesFile(victim)))
+    with pytest.raises(ValueError, match=r"evil\.pt"):
+        load_checkpoint(tmp_path / "evil.pt")
+    assert not victim.exists()
+
+
+# Rebuilding the model.
+
+
+@pytest.mark.parametrize(
+    ("resolution", "latent_size", "channels", "batch_norm"),
+    [((8, 8), 2, 3, False), ((16, 24), 2, 3, False), ((8, 8), 7, 1, False), ((8, 16), 2, 3, True)],
+)
+def test_a_model_is_rebuilt_from_its_config(
+    tmp_path, resolution, latent_size, channels, batch_norm
+):
+    model = VAE(resolution, latent_size, channels, batch_norm)
+    x = torch.rand(4, channels, *resolution)
+    model(x)  # gives batch norm statistics of its own
+    config = {
+        "image_resolution": list(resolution),
+        "latent_size": latent_size,
+        "image_channels": channels,
+        "batch_norm": batch_norm,
+    }
+    save_checkpoint({"model": model.state_dict(), "config": config}, tmp_path / "checkpoint.pt")
+    rebuilt, read = load_model(tmp_path / "checkpoint.pt")
+    assert read == config
+    assert torch.equal(rebuilt.reconstruct(x), model.eval().reconstruct(x))
+
+
+def test_a_rebuilt_model_is_ready_for_inference(path):
+    model, _ = load_model(path)
+    assert not model.training
+
+
+def test_a_model_is_put_on_the_device_that_was_asked_for(path):
+    model, _ = load_model(path, "meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(path, value):
+    model = VAE((8, 8), 2, 3)
+    model.state_dict()["encoder.fcm.bias"][1] = value
+    save_checkpoint(checkpoint_of(model), path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt holds weights that are not finite"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"latent_size": 3},
+        {"latent_size": 0},
+        {"latent_size": "2"},
+        {"latent_size": 2.5},
+        {"latent_size": None},
+        {"latent_size": 10**30},
+        {"image_resolution": [8, 9]},
+        {"image_resolution": [8]},
+        {"image_resolution": 8},
+        {"image_resolution": ["8", "8"]},
+        {"image_resolution": [8, 8 * 10**18]},
+        {"image_channels": 1},
+        {"image_channels": []},
+        {"batch_norm": True},
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused_in_one_line(path, changes):
+    save_checkpoint(checkpoint_of(VAE((8, 8), 2, 3), **changes), path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt does not hold this model") as error:
+        load_model(path)
+    assert "\n" not in str(error.value)
+
+
+NO_MODEL = r"checkpoint\.pt (does not hold this model|is not a checkpoint of this model)"
+
+
+@pytest.mark.parametrize("config", [None, 3, [1], {}, {"latent_size": 2}])
+def test_a_config_without_the_models_sizes_is_refused(path, config):
+    save_checkpoint({"model": VAE((8, 8), 2, 3).state_dict(), "config": config}, path)
+    with pytest.raises(ValueError, match=NO_MODEL):
+        load_model(path)
+
+
+@pytest.mark.parametrize("state", [None, 3, {}, {"encoder.conv1.weight": 1}, {1: torch.ones(1)}])
+def test_weights_of_another_kind_are_refused(path, state):
+    save_checkpoint({"model": state, "config": CONFIG}, path)
+    with pytest.raises(ValueError, match=NO_MODEL):
+        load_model(path)

@@ -1,0 +1,196 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from vae.layers import Decoder, Encoder, SampleLatent
+
+SIZES = [((32, 32), 3, 10), ((8, 8), 1, 1), ((16, 40), 3, 2), ((40, 16), 4, 3), ((64, 64), 3, 512)]
+BAD_SIZES = [
+    ((0, 32), 3, 10, "image resolution is 0x32 .*positive multiples of 8"),
+    ((32, -8), 3, 10, "image resolution is 32x-8 .*positive multiples of 8"),
+    ((36, 32), 3, 10, "image resolution is 36x32 .*positive multiples of 8"),
+    ((32, 7), 3, 10, "image resolution is 32x7 .*positive multiples of 8"),
+    ((32, 32), 0, 10, "image_channels is 0: at least 1"),
+    ((32, 32), 3, 0, "latent_size is 0: at least 1"),
+    ((32, 32), 3, -2, "latent_size is -2: at least 1"),
+]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Encoder.
+
+
+@pytest.mark.parametrize(("resolution", "channels", "latent_size"), SIZES)
+def test_the_encoder_gives_a_mean_and_a_log_variance_for_each_image(
+    resolution, channels, latent_size
+):
+    encoder = Encoder(resolution, channels, latent_size)
+    mean, log_var = encoder(torch.rand(2, channels, *resolution))
+    assert mean.shape == log_var.shape == (2, latent_size)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 16, 24),
+        (2, 1, 16, 24),
+        (2, 3, 24, 16),
+        (2, 16, 24, 3),
+        (2, 3, 16, 32),
+        (1, 2, 3, 16, 24),
+    ],
+)
+def test_the_encoder_refuses_another_shape_and_says_which_it_needs(shape):
+    encoder = Encoder((16, 24), 3, 10)
+    with pytest.raises(ValueError) as error:
+        encoder(torch.rand(shape))
+    assert f"shape {list(shape)}" in str(error.value)
+    assert "[batch, 3, 16, 24]" in str(error.value)
+
+
+@pytest.mark.parametrize("block", [Encoder, Decoder])
+@pytest.mark.parametrize(("resolution", "channels", "latent_size", "message"), BAD_SIZES)
+def test_a_block_that_cannot_be_built_is_refused(block, resolution, channels, latent_size, message):
+    with pytest.raises(ValueError, match=message):
+        block(resolution, channels, latent_size)
+
+
+# Decoder.
+
+
+@pytest.mark.parametrize(("resolution", "channels", "latent_size"), SIZES)
+def test_the_decoder_gives_an_image_in_0_to_1_for_each_latent(resolution, channels, latent_size):
+    image = Decoder(resolution, channels, latent_size)(100 * torch.randn(2, latent_size))
+    assert image.shape == (2, channels, *resolution)
+    assert 0 <= image.min() <= image.max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(10,), (2, 9), (2, 10, 1)])
+def test_the_decoder_refuses_another_shape_and_says_which_it_needs(shape):
+    decoder = Decoder((16, 16), 3, 10)
+    with pytest.raises(ValueError) as error:
+        decoder(torch.rand(shape))
+    assert f"shape {list(shape)}" in str(error.value)
+    assert "[batch, 10]" in str(error.value)
+
+
+# SampleLatent.
+
+
+def test_samples_have_the_posteriors_mean_and_variance():
+    n = 200_000
+    mean = torch.tensor([0.0, -3.0, 5.0])
+    log_var = torch.tensor([0.0, 2.0, -4.0])
+    z = SampleLatent(3)(mean.expand(n, 3), log_var.expand(n, 3), seeded())
+    variance = log_var.exp()
+    # Five standard errors.
+    assert ((z.mean(dim=0) - mean).abs() < 5 * (variance / n).sqrt()).all()
+    assert ((z.var(dim=0) / variance - 1).abs() < 5 * (2 / n) ** 0.5).all()
+
+
+def test_samples_are_independent_between_images_and_dimensions():
+    z = SampleLatent(2)(torch.zeros(50_000, 2), torch.zeros(50_000, 2), seeded())
+    assert abs(torch.corrcoef(z.T)[0, 1]) < 0.025
+    assert abs(torch.corrcoef(torch.stack((z[1:, 0], z[:-1, 0])))[0, 1]) < 0.025
+
+
+def test_gradients_reach_mean_and_log_variance_through_the_sample():
+    mean = torch.randn(4, 3, requires_grad=True)
+    log_var = torch.randn(4, 3, requires_grad=True)
+    SampleLatent(3)(mean, log_var, seeded(1)).sum().backward()
+    epsilon = torch.randn(4, 3, generator=seeded(1))
+    torch.testing.assert_close(mean.grad, torch.ones(4, 3))
+    torch.testing.assert_close(log_var.grad, 0.5 * epsilon * torch.exp(0.5 * log_var.detach()))
+
+
+def test_the_noise_is_drawn_in_the_inputs_precision():
+    zeros = torch.zeros(100, 3, dtype=torch.float64)
+    z = SampleLatent(3)(zeros, zeros, seeded())
+    assert z.dtype == torch.float64
+    assert (z.float().double() != z).all()
+
+
+def test_the_noise_is_drawn_on_the_inputs_device():
+    # Tensors on "meta" have a shape and no values; they mix with no other device.
+    zeros = torch.zeros(5, 3, device="meta")
+    assert SampleLatent(3)(zeros, zeros).device.type == "meta"
+
+
+def test_the_noise_comes_from_the_generator_alone():
+    zeros, sample = torch.zeros(5, 3), SampleLatent(3)
+    before = torch.get_rng_state()
+    z = sample(zeros, zeros, seeded(1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(z, sample(zeros, zeros, seeded(1)))
+    assert not torch.equal(z, sample(zeros, zeros, seeded(2)))
+
+
+def test_without_a_generator_the_noise_comes_from_pytorchs_own():
+    zeros, sample = torch.zeros(5, 3), SampleLatent(3)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        z = sample(zeros, zeros)
+        assert not torch.equal(z, sample(zeros, zeros))
+    assert torch.equal(z, sample(zeros, zeros, seeded(1)))
+
+
+@pytest.mark.parametrize(
+    ("mean", "log_var"), [((5, 2), (5, 2)), ((5, 3), (4, 3)), ((5, 3), (3,)), ((3,), (3,))]
+)
+def test_other_shapes_than_batch_by_latent_are_refused(mean, log_var):
+    with pytest.raises(ValueError) as error:
+        SampleLatent(3)(torch.zeros(mean), torch.zeros(log_var))
+    assert f"mean has shape {list(mean)} and log_var {list(log_var)}" in str(error.value)
+    assert "[batch, 3]" in str(error.value)
+
+
+def test_a_sampler_without_dimensions_is_refused():
+    with pytest.raises(ValueError, match="latent_size is 0: at least 1"):
+        SampleLatent(0)
+
+
+# Batch normalisation.
+
+
+def randomise_norms(block: nn.Module) -> None:
+    """Give every batch norm weights, some of them negative, that show an error of order."""
+    generator = seeded()
+    for norm in block.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for values in (norm.weight.data, norm.bias.data, norm.running_mean):
+                values.normal_(generator=generator)
+            norm.running_var.uniform_(0.5, 2, generator=generator)
+
+
+def test_the_encoder_normalises_between_convolution_and_activation():
+    encoder = Encoder((16, 16), 3, 4, batch_norm=True).eval()
+    randomise_norms(encoder)
+    images = torch.rand(3, 3, 16, 16, generator=seeded())
+    x = images
+    for conv, norm in (
+        (encoder.conv1, encoder.norm1),
+        (encoder.conv2, encoder.norm2),
+        (encoder.conv3, encoder.norm3),
+    ):
+        x = functional.max_pool2d(functional.relu(norm(conv(x))), 2)
+    torch.testing.assert_close(encoder(images)[0], encoder.fcm(x.flatten(1)))
+
+
+def test_the_decoder_normalises_between_deconvolution_and_activation_but_not_its_last_layer():
+    decoder = Decoder((16, 16), 3, 4, batch_norm=True).eval()
+    randomise_norms(decoder)
+    z = torch.randn(3, 4, generator=seeded())
+    x = decoder.fc(z).reshape(3, 64, 2, 2)
+    x = functional.relu(decoder.norm1(decoder.deconv1(x)))
+    x = functional.relu(decoder.norm2(decoder.deconv2(x)))
+    torch.testing.assert_close(decoder(z), decoder.deconv3(x).sigmoid())
+
+
+@pytest.mark.parametrize("block", [Encoder, Decoder])
+def test_without_batch_norm_nothing_is_normalised(block):
+    names = block((16, 16), 3, 4).state_dict()
+    assert not [name for name in names if "norm" in name]

@@ -1,0 +1,242 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
+
+from vae.losses import LIKELIHOODS, ELBOLoss, beta_at, kl_per_dimension
+
+SHAPE = (3, 2, 4, 5)
+PIXELS = 2 * 4 * 5
+
+
+def images(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def latents(seed: int, shape: tuple[int, ...] = (3, 6)) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# KL divergence.
+
+
+def test_the_kl_loss_is_the_divergence_of_the_posterior_from_the_prior():
+    mean, log_var = 2 * latents(0), 2 * latents(1)
+    posterior = Independent(Normal(mean, torch.exp(log_var / 2)), 1)
+    prior = Independent(Normal(torch.zeros(6).double(), torch.ones(6).double()), 1)
+    expected = kl_divergence(posterior, prior).mean()
+    torch.testing.assert_close(ELBOLoss(1).kl_loss(mean, log_var), expected)
+
+
+def test_the_kl_of_each_dimension_is_the_divergence_of_two_normals():
+    mean, log_var = 2 * latents(0), 2 * latents(1)
+    expected = kl_divergence(Normal(mean, torch.exp(log_var / 2)), Normal(0, 1))
+    torch.testing.assert_close(kl_per_dimension(mean, log_var), expected)
+
+
+def test_the_kl_of_the_prior_itself_is_0():
+    assert ELBOLoss(1).kl_loss(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
+
+
+def test_a_small_kl_keeps_its_digits_in_float32():
+    log_var = torch.tensor([1e-3, -1e-3, 1e-2])
+    expected = 0.5 * (torch.exp(log_var.double()) - 1 - log_var.double())
+    kl = kl_per_dimension(torch.zeros(3), log_var)
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("log_var", [-50.0, -20.0, 20.0, 50.0])
+def test_extreme_log_variances_have_finite_kl_and_gradients(log_var):
+    log_var = torch.full((2, 3), log_var, requires_grad=True)
+    kl = ELBOLoss(1).kl_loss(torch.zeros(2, 3), log_var)
+    kl.backward()
+    assert kl.isfinite()
+    assert log_var.grad.isfinite().all()
+
+
+# Reconstruction loss.
+
+
+def test_gaussian_is_a_normal_of_variance_one_half_without_its_constants():
+    x, reconstruction = images(0), images(1)
+    density = Independent(Normal(reconstruction, math.sqrt(0.5)), 3).log_prob(x)
+    expected = -density.mean() - 0.5 * PIXELS * math.log(math.pi)
+    torch.testing.assert_close(ELBOLoss(1).reconstruction_loss(x, reconstruction), expected)
+
+
+def test_bernoulli_is_the_negative_log_likelihood_of_bernoulli_pixels():
+    x, reconstruction = images(0).round(), images(1)
+    expected = -Independent(Bernoulli(reconstruction), 3).log_prob(x).mean()
+    loss = ELBOLoss(1, "bernoulli").reconstruction_loss(x, reconstruction)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_sigma_is_a_normal_with_the_maximum_likelihood_variance():
+    x, reconstruction = images(0), images(1)
+    loss = ELBOLoss(1, "sigma").reconstruction_loss(x, reconstruction)
+    deviation = torch.square(x - reconstruction).mean().sqrt()
+    expected = -Independent(Normal(reconstruction, deviation), 3).log_prob(x).mean()
+    torch.testing.assert_close(loss, expected)
+    for other in (0.9 * deviation, 1.1 * deviation):
+        assert loss < -Independent(Normal(reconstruction, other), 3).log_prob(x).mean()
+
+
+def test_sigma_stays_finite_where_a_reconstruction_is_perfect():
+    x = images(0, SHAPE).float()
+    reconstruction = x.clone().requires_grad_()
+    loss = ELBOLoss(1, "sigma").reconstruction_loss(x, reconstruction)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 * PIXELS * math.log(2 * math.pi * 1e-6))
+    assert reconstruction.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_bernoulli_stays_finite_for_outputs_of_exactly_0_and_1(value):
+    x = images(0).float()
+    reconstruction = torch.full(SHAPE, value, requires_grad=True)
+    loss = ELBOLoss(1, "bernoulli").reconstruction_loss(x, reconstruction)
+    loss.backward()
+    assert loss.isfinite()
+    assert reconstruction.grad.isfinite().all()
+
+
+# The whole loss.
+
+
+def loss_by_hand(
+    x: Tensor, reconstruction: Tensor, mean: Tensor, log_var: Tensor, beta: float, likelihood: str
+) -> tuple[float, float, float]:
+    """KL, reconstruction and total loss, value by value in Python's own float64."""
+    pairs = [
+        list(zip(image.flatten().tolist(), other.flatten().tolist(), strict=True))
+        for image, other in zip(x, reconstruction, strict=True)
+    ]
+    squared_errors = [(a - b) ** 2 for image in pairs for a, b in image]
+    variance = sum(squared_errors) / len(squared_errors)
+    kl = loss = 0.0
+    for image, means, log_vars in zip(pairs, mean.tolist(), log_var.tolist(), strict=True):
+        for a, b in image:
+            if likelihood == "gaussian":
+                loss += (a - b) ** 2
+            elif likelihood == "bernoulli":
+                loss -= a * math.log(b) + (1 - a) * math.log(1 - b)
+            else:
+                loss += (a - b) ** 2 / (2 * variance) + 0.5 * math.log(2 * math.pi * variance)
+        for m, v in zip(means, log_vars, strict=True):
+            kl -= 0.5 * (1 + v - m**2 - math.exp(v))
+    batch = len(pairs)
+    return kl / batch, loss / batch, (beta * kl + loss) / batch
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_the_loss_is_what_a_loop_by_hand_gives(likelihood):
+    arguments = images(0), images(1), latents(2), latents(3)
+    beta, *losses = ELBOLoss(0.3, likelihood)(*arguments)
+    assert beta == 0.3
+    expected = loss_by_hand(*arguments, 0.3, likelihood)
+    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_float32_gives_the_float64_loss_to_rounding(likelihood):
+    arguments = images(0), images(1), latents(2), latents(3)
+    _, *losses = ELBOLoss(0.3, likelihood)(*(value.float() for value in arguments))
+    _, *expected = ELBOLoss(0.3, likelihood)(*arguments)
+    for loss, value in zip(losses, expected, strict=True):
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=1e-5)
+
+
+def test_beta_can_be_assigned_anew():
+    loss, arguments = ELBOLoss(0.0), (images(0), images(1), latents(2), latents(3))
+    _, kl, reconstruction, total = loss(*arguments)
+    assert total == reconstruction
+    loss.beta = 2.0
+    beta, _, _, total = loss(*arguments)
+    assert beta == 2
+    assert total == reconstruction + 2 * kl
+
+
+@pytest.mark.parametrize("beta", [-0.1, math.nan, math.inf, -math.inf])
+def test_a_beta_below_0_or_not_finite_is_refused(beta):
+    with pytest.raises(ValueError, match=f"beta is {beta}: a finite number of at least 0"):
+        ELBOLoss(beta)
+
+
+def test_an_unknown_likelihood_is_refused():
+    with pytest.raises(ValueError, match="'poisson': one of gaussian, bernoulli, sigma"):
+        ELBOLoss(1, "poisson")
+
+
+@pytest.mark.parametrize(
+    ("original", "reconstruction"),
+    [(SHAPE, (3, 2, 4, 4)), (SHAPE, (1, 2, 4, 5)), ((3, 40), (3, 40)), ((0, 2, 4, 5),) * 2],
+)
+def test_images_that_do_not_fit_are_refused(original, reconstruction):
+    with pytest.raises(ValueError) as error:
+        ELBOLoss(1)(torch.rand(original), torch.rand(reconstruction), latents(0), latents(1))
+    assert f"{list(original)} and reconstruction {list(reconstruction)}" in str(error.value)
+    assert "[batch, channels, height, width]" in str(error.value)
+
+
+@pytest.mark.parametrize(("mean", "log_var"), [((3, 6), (3, 5)), ((3, 6), (1, 6)), ((2, 6),) * 2])
+def test_latents_that_do_not_fit_are_refused(mean, log_var):
+    with pytest.raises(ValueError) as error:
+        ELBOLoss(1)(images(0), images(1), torch.zeros(mean), torch.zeros(log_var))
+    assert f"{list(mean)} and latent_log_var {list(log_var)}" in str(error.value)
+    assert "[3, latent]" in str(error.value)
+
+
+def test_latents_without_a_latent_dimension_are_refused():
+    with pytest.raises(ValueError, match=r"\[3\].*\[3, latent\]"):
+        ELBOLoss(1)(images(0), images(1), torch.zeros(3), torch.zeros(3))
+
+
+# Schedules.
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_a_constant_schedule_gives_all_of_beta_all_the_time(progress):
+    assert beta_at(progress, "constant") == 1
+
+
+@pytest.mark.parametrize(
+    ("progress", "warmup", "share"),
+    [
+        (0, 0.2, 0),
+        (0.1, 0.2, 0.5),
+        (0.2, 0.2, 1),
+        (0.9, 0.2, 1),
+        (0.5, 1, 0.5),
+        (1, 1, 1),
+        (0, 0, 1),
+    ],
+)
+def test_a_linear_schedule_rises_over_the_warm_up_and_stays(progress, warmup, share):
+    assert beta_at(progress, "linear", warmup=warmup) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("progress", "share"),
+    [(0, 0), (0.0625, 0.5), (0.125, 1), (0.24, 1), (0.25, 0), (0.3125, 0.5), (0.5, 0), (0.999, 1)],
+)
+def test_a_cyclical_schedule_rises_over_the_first_half_of_each_cycle(progress, share):
+    assert beta_at(progress, "cyclical", cycles=4) == share
+
+
+@pytest.mark.parametrize("warmup", [-0.1, 1.1, math.nan])
+def test_a_warm_up_outside_of_the_training_is_refused(warmup):
+    with pytest.raises(ValueError, match=f"the warm-up takes {warmup} of the training: 0 to 1"):
+        beta_at(0.5, "linear", warmup=warmup)
+
+
+def test_less_than_one_cycle_is_refused():
+    with pytest.raises(ValueError, match="0 cycles: at least 1"):
+        beta_at(0.5, "cyclical", cycles=0)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="'square': one of constant, linear, cyclical"):
+        beta_at(0.5, "square")

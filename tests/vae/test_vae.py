@@ -1,0 +1,236 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vae.losses import ELBOLoss
+from vae.vae import VAE
+
+POST_PARAMETERS = {
+    "encoder.conv1.weight": (16, 3, 3, 3),
+    "encoder.conv1.bias": (16,),
+    "encoder.conv2.weight": (32, 16, 3, 3),
+    "encoder.conv2.bias": (32,),
+    "encoder.conv3.weight": (64, 32, 3, 3),
+    "encoder.conv3.bias": (64,),
+    "encoder.fcm.weight": (10, 1024),
+    "encoder.fcm.bias": (10,),
+    "encoder.fcv.weight": (10, 1024),
+    "encoder.fcv.bias": (10,),
+    "decoder.fc.weight": (1024, 10),
+    "decoder.fc.bias": (1024,),
+    "decoder.deconv1.weight": (64, 32, 2, 2),
+    "decoder.deconv1.bias": (32,),
+    "decoder.deconv2.weight": (32, 16, 2, 2),
+    "decoder.deconv2.bias": (16,),
+    "decoder.deconv3.weight": (16, 3, 2, 2),
+    "decoder.deconv3.bias": (3,),
+}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def post_model() -> VAE:
+    return VAE(image_resolution=(32, 32), image_channels=3, latent_size=10)
+
+
+def post_state() -> dict[str, Tensor]:
+    """Weights as they are in the middle of a training, under the listing's names."""
+    generator = seeded(3)
+    return {
+        name: torch.randn(shape, generator=generator) / math.sqrt(max(1, math.prod(shape[1:])))
+        for name, shape in POST_PARAMETERS.items()
+    }
+
+
+def post_forward(w: dict[str, Tensor], x: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The post's network written without modules, its ReLU before the pooling."""
+    for name in ("encoder.conv1", "encoder.conv2", "encoder.conv3"):
+        x = functional.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding=1)
+        x = functional.max_pool2d(functional.relu(x), 2)
+    x = x.flatten(1)
+    mean = functional.linear(x, w["encoder.fcm.weight"], w["encoder.fcm.bias"])
+    log_var = functional.linear(x, w["encoder.fcv.weight"], w["encoder.fcv.bias"])
+    x = mean + epsilon * (log_var / 2).exp()
+    x = functional.linear(x, w["decoder.fc.weight"], w["decoder.fc.bias"]).view(-1, 64, 4, 4)
+    for name, activation in (
+        ("decoder.deconv1", functional.relu),
+        ("decoder.deconv2", functional.relu),
+        ("decoder.deconv3", torch.sigmoid),
+    ):
+        weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
+        x = activation(functional.conv_transpose2d(x, weight, bias, stride=2))
+    return x, mean, log_var
+
+
+def post_loss(x: Tensor, reconstruction: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """The post's loss at beta 0.1."""
+    kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(dim=1).mean()
+    return 0.1 * kl + ((x - reconstruction) ** 2).flatten(1).sum(dim=1).mean()
+
+
+# The post's network.
+
+
+def test_the_posts_model_has_65831_parameters():
+    assert sum(parameter.numel() for parameter in post_model().parameters()) == 65_831
+
+
+def test_parameters_have_the_posts_names_shapes_and_order():
+    state = {name: tuple(value.shape) for name, value in post_model().state_dict().items()}
+    assert list(state.items()) == list(POST_PARAMETERS.items())
+
+
+def test_a_seed_draws_the_weights_that_it_draws_in_the_posts_order():
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = post_model()
+        torch.manual_seed(7)
+        layers = [
+            *(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.Conv2d(32, 64, 3)),
+            *(nn.Linear(1024, 10), nn.Linear(1024, 10), nn.Linear(10, 1024)),
+            nn.ConvTranspose2d(64, 32, 2),
+            nn.ConvTranspose2d(32, 16, 2),
+            nn.ConvTranspose2d(16, 3, 2),
+        ]
+    expected = [parameter for layer in layers for parameter in layer.parameters()]
+    assert all(map(torch.equal, model.parameters(), expected))
+
+
+def test_the_posts_weights_give_the_posts_outputs():
+    model = post_model()
+    model.load_state_dict(post_state())
+    x = torch.rand(8, 3, 32, 32, generator=seeded())
+    outputs = model(x, seeded(1))
+    expected = post_forward(post_state(), x, torch.randn(8, 10, generator=seeded(1)))
+    for output, value in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, value)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_posts_weights_give_the_posts_loss_and_gradients(memory_format):
+    model = post_model()
+    model.load_state_dict(post_state())
+    model = model.to(memory_format=memory_format)
+    x = torch.rand(8, 3, 32, 32, generator=seeded())
+    total = ELBOLoss(0.1)(x, *model(x, seeded(1)))[-1]
+    total.backward()
+
+    state = {name: value.requires_grad_() for name, value in post_state().items()}
+    expected = post_loss(x, *post_forward(state, x, torch.randn(8, 10, generator=seeded(1))))
+    expected.backward()
+    torch.testing.assert_close(total, expected)
+    for name, parameter in model.named_parameters():
+        gradient = state[name].grad
+        rounding = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=rounding)
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize(
+    ("resolution", "channels", "latent_size"),
+    [((8, 8), 3, 10), ((16, 40), 1, 2), ((40, 16), 3, 1), ((32, 32), 3, 512), ((256, 256), 3, 3)],
+)
+def test_each_resolution_channel_count_and_latent_size_is_honoured(
+    resolution, channels, latent_size
+):
+    model = VAE(resolution, latent_size, channels)
+    x = torch.rand(2, channels, *resolution)
+    reconstruction, mean, log_var = model(x)
+    assert reconstruction.shape == x.shape
+    assert mean.shape == log_var.shape == (2, latent_size)
+
+
+def test_sizes_come_in_the_posts_order():
+    assert VAE((16, 24), 5, 3).encoder.fcm.weight.shape == (5, 64 * 2 * 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [(((30, 32), 10, 3), "30x32"), (((32, 32), 0, 3), "latent_size"), (((32, 32), 10, 0), "chann")],
+)
+def test_a_model_that_cannot_be_built_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        VAE(*sizes)
+
+
+def test_images_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\[2, 3, 32, 40\].*\[batch, 3, 32, 32\]"):
+        post_model()(torch.rand(2, 3, 32, 40))
+
+
+# The model in use.
+
+
+def test_the_model_computes_in_float64_throughout():
+    model = VAE((8, 8), 2, 3).double()
+    outputs = [*model(torch.rand(2, 3, 8, 8, dtype=torch.float64)), model.sample(2)]
+    assert {output.dtype for output in outputs} == {torch.float64}
+
+
+def test_encode_and_decode_are_the_two_halves_of_the_model():
+    model, x = VAE((16, 24), 4, 3), torch.rand(3, 3, 16, 24, generator=seeded())
+    reconstruction, mean, log_var = model(x, seeded(1))
+    epsilon = torch.randn(3, 4, generator=seeded(1))
+    assert all(map(torch.equal, model.encode(x), (mean, log_var)))
+    assert torch.equal(model.decode(mean + torch.exp(log_var / 2) * epsilon), reconstruction)
+
+
+def test_reconstruct_goes_through_the_mean_and_draws_nothing():
+    model, x = VAE((8, 8), 4, 3), torch.rand(3, 3, 8, 8)
+    before = torch.get_rng_state()
+    reconstruction = model.reconstruct(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(reconstruction, model.decode(model.encode(x)[0]))
+
+
+def test_sample_decodes_draws_from_the_prior():
+    model = VAE((8, 16), 4, 3)
+    samples = model.sample(5, seeded(1))
+    assert samples.shape == (5, 3, 8, 16)
+    assert torch.equal(samples, model.decode(torch.randn(5, 4, generator=seeded(1))))
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_less_than_one_sample_is_refused(n):
+    with pytest.raises(ValueError, match=f"asked for {n} samples: at least 1"):
+        VAE((8, 8), 2, 3).sample(n)
+
+
+# Batch normalisation.
+
+
+def test_batch_norm_adds_its_own_parameters_to_the_posts_and_changes_none():
+    state = VAE((32, 32), 10, 3, batch_norm=True).state_dict()
+    added = {name: tuple(value.shape) for name, value in state.items() if ".norm" in name}
+    without = {name: tuple(value.shape) for name, value in state.items() if name not in added}
+    assert without == POST_PARAMETERS
+    scales = {name: shape for name, shape in added.items() if name.endswith(".weight")}
+    assert scales == {
+        "encoder.norm1.weight": (16,),
+        "encoder.norm2.weight": (32,),
+        "encoder.norm3.weight": (64,),
+        "decoder.norm1.weight": (32,),
+        "decoder.norm2.weight": (16,),
+    }
+
+
+def test_with_batch_norm_an_images_reconstruction_depends_on_its_batch_in_training_only():
+    model = VAE((16, 16), 4, 3, batch_norm=True)
+    x = torch.rand(6, 3, 16, 16, generator=seeded())
+    assert not torch.allclose(model.reconstruct(x)[:2], model.reconstruct(x[:2]))
+    model.eval()
+    torch.testing.assert_close(model.reconstruct(x)[:2], model.reconstruct(x[:2]))
+
+
+def test_with_batch_norm_a_batch_of_one_picture_trains():
+    model = VAE((8, 8), 4, 3, batch_norm=True)
+    x = torch.rand(1, 3, 8, 8)
+    ELBOLoss(0.1)(x, *model(x))[-1].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
