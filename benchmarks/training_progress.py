@@ -37,7 +37,13 @@ def plot_losses(run: Path, path: Path) -> None:
 def plot_pictures(run: Path, path: Path, photographs: bool) -> None:
     """Draw reconstructions and samples at four epochs; photographs themselves are left out."""
     events = read_events(run)
-    figure, axes = pyplot.subplots(2, len(EPOCHS), figsize=(14, 4), layout="constrained")
+    heights = (2, 2) if photographs else (4, 2)
+    figure, axes = pyplot.subplots(
+        *(2, len(EPOCHS)),
+        figsize=(14, sum(heights) * 0.85 + 0.8),
+        height_ratios=heights,
+        layout="constrained",
+    )
     for row, (tag, title) in enumerate((("pairs", "reconstructions"), ("samples", "samples"))):
         images = {event.step: event.encoded_image_string for event in events.Images(tag)}
         for column, epoch in enumerate(EPOCHS):
