@@ -151,7 +151,7 @@ class Training:
             "dataset": splits.dataset,
         }
 
-        # One seed for each use, so that no two streams of random numbers are the same.
+        # Weights, noise and order each get a seed of their own: equal ones would be correlated.
         seeds = torch.Generator().manual_seed(options.seed)
         weights, noise, shuffle, looks = torch.randint(2**32, (4,), generator=seeds).tolist()
         with torch.random.fork_rng(devices=[]):
@@ -201,8 +201,9 @@ class Training:
         self.epoch_order = self.shuffle.get_state()
 
     def evaluate(self, pictures: Pictures) -> dict[str, Any]:
-        """Return the metrics of ``vae.evaluation`` for a split."""
-        return evaluate(self.model, pictures.batches(), self.loss, self.look())
+        """Return the metrics of ``vae.evaluation`` for a split, at the full beta."""
+        loss = ELBOLoss(self.options.beta, self.options.likelihood)
+        return evaluate(self.model, pictures.batches(), loss, self.look())
 
     def bar(self, show: bool) -> tqdm:
         """Return a progress bar over the epochs; none where nobody looks at a terminal."""
@@ -239,9 +240,20 @@ class Training:
             "random": {"noise": self.noise.get_state(), "order": self.epoch_order},
             "seconds": time.perf_counter() - self.started,
             "pictures": pictures_checksum(self.splits),
+            "device": self.device.type,
             "events": events,
         }
         save_checkpoint(checkpoint, path)
+
+    def begin(self, folder: Path, checkpoint: dict[str, Any] | None) -> SummaryWriter:
+        """Go on from ``checkpoint``, or write the first one; return TensorBoard's writer."""
+        if checkpoint is None:
+            self.save(folder)
+        else:
+            self.restore(checkpoint, folder)
+            # If it was the one before a damaged one, the next save must not keep that instead.
+            save_checkpoint(checkpoint, folder / "checkpoint.pt")
+        return SummaryWriter(folder)
 
     def restore(self, checkpoint: dict[str, Any], folder: Path) -> None:
         """Go on in ``folder`` from ``checkpoint`` as if there had been no interruption.
@@ -249,6 +261,11 @@ class Training:
         Raises:
             ValueError: if it is damaged, or from training on other pictures.
         """
+        if checkpoint.get("device") != self.device.type:
+            raise ValueError(
+                f"the run began on {checkpoint.get('device')} and its random numbers go on only "
+                f"there: --device {self.device.type} cannot"
+            )
         if checkpoint.get("pictures") != pictures_checksum(self.splits):
             raise ValueError(
                 "the checkpoint is from training on other pictures: give --data-root the folder "
@@ -271,8 +288,8 @@ class Training:
         if not is_finite(self.model):
             raise ValueError("the checkpoint holds weights that are not finite")
         drop_later_events(folder, events)
-        for left in folder.glob(".*.pt.*"):
-            left.unlink()
+        for temporary in folder.glob(".*.*.*"):
+            temporary.unlink()
 
 
 def train(
@@ -298,18 +315,20 @@ def train(
         ValueError: if the options, the pictures and the checkpoint do not fit together.
         FloatingPointError: if a loss or weight stops being finite; the last good checkpoint stays.
         StoppedError: after SIGINT or SIGTERM, once a checkpoint is written.
+        Timeout: if another run holds the lock of ``folder`` (an ``OSError``, of ``filelock``).
         OSError: if ``folder`` cannot be written to.
     """
     training = Training(options, splits)
-    if checkpoint is not None:
-        training.restore(checkpoint, folder)
     model, loss, optimiser = training.model, training.loss, training.optimiser
-    test_batches = islice(test_pictures(training), training.epoch, None)
     on_cpu = training.device.type == "cpu"
 
-    with SummaryWriter(folder) as writer, StopRequest() as stop, training.bar(progress) as bar:
-        if checkpoint is None:
-            training.save(folder)
+    with (
+        run_lock(folder),
+        training.begin(folder, checkpoint) as writer,
+        StopRequest() as stop,
+        training.bar(progress) as bar,
+    ):
+        test_batches = islice(test_pictures(training), training.epoch, None)
         while training.epoch < options.epochs:
             losses = []
             model.train()
@@ -524,8 +543,12 @@ class StoppedError(Exception):
     """Training was asked to stop, and stopped after a checkpoint."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)
         self.exit_status = 128 + number
+
+    def __str__(self) -> str:
+        """Return the name of the signal."""
+        return signal.Signals(self.args[0]).name
 
 
 class StopRequest:
@@ -629,10 +652,7 @@ def find_checkpoint(folder: Path) -> dict[str, Any]:
         if not (folder / "checkpoint.previous.pt").exists():
             raise
         print(f"warning: {error}; going on from the one before it", file=sys.stderr)
-        checkpoint = load_checkpoint(folder / "checkpoint.previous.pt")
-        # Or the next save would keep the damaged one as the one before it.
-        save_checkpoint(checkpoint, folder / "checkpoint.pt")
-        return checkpoint
+        return load_checkpoint(folder / "checkpoint.previous.pt")
 
 
 def resumed_options(config: dict[str, Any], given: dict[str, Any]) -> Options:
@@ -659,7 +679,7 @@ def resumed_options(config: dict[str, Any], given: dict[str, Any]) -> Options:
     if changes:
         raise ValueError(
             f"a resumed run stays the same experiment, but was given {', '.join(changes)}: leave "
-            "this out, or start a new run"
+            "this out, or start a new run (--epochs may grow where both schedules are constant)"
         )
     return replace(before, **given)
 
@@ -715,8 +735,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.error(str(error))
 
     try:
-        with run_lock(folder):
-            _, metrics = train(options, splits, folder, checkpoint)
+        _, metrics = train(options, splits, folder, checkpoint)
     except Timeout:
         command.error(f"another run is writing to {folder}: wait for it, or stop it")
     except ValueError as error:
@@ -725,6 +744,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = (folder / "checkpoint.pt").exists()
         after = f"The last good checkpoint is in {folder}" if kept else "There is no checkpoint yet"
         print(f"error: {error}. {after}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"error: {first_line(error)}: take a smaller model or batch", file=sys.stderr)
         return 1
     except StoppedError as stopped:
         again = shlex.join([sys.executable, sys.argv[0], "--resume", str(folder)])

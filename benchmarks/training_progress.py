@@ -34,8 +34,9 @@ def plot_losses(run: Path, path: Path) -> None:
     pyplot.close(figure)
 
 
-def plot_pictures(run: Path, path: Path, photographs: bool) -> None:
+def plot_pictures(run: Path, path: Path, photographs: bool, image_size: int) -> None:
     """Draw reconstructions and samples at four epochs; photographs themselves are left out."""
+    height = image_size + 2
     events = read_events(run)
     heights = (2, 2) if photographs else (4, 2)
     figure, axes = pyplot.subplots(
@@ -49,8 +50,8 @@ def plot_pictures(run: Path, path: Path, photographs: bool) -> None:
         for column, epoch in enumerate(EPOCHS):
             grid = np.asarray(Image.open(io.BytesIO(images[epoch])))
             if tag == "pairs":
-                # Rows of 34 pixels: odd ones show test pictures, even ones what was drawn of them.
-                rows = [grid[start:][:34] for start in range(2, len(grid), 34)]
+                # Odd rows show test pictures, even ones what was drawn of them.
+                rows = [grid[start:][:height] for start in range(2, len(grid), height)]
                 grid = np.concatenate(rows[1::2] if photographs else rows)
             axes[row, column].imshow(grid)
             axes[row, column].set(xticks=[], yticks=[])
@@ -66,9 +67,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
     options = parser.parse_args()
     matplotlib.use("Agg")
-    dataset = json.loads((options.run / "metrics.json").read_text())["dataset"]
+    config = json.loads((options.run / "metrics.json").read_text())["config"]
+    if config["epochs"] < max(EPOCHS):
+        parser.error(f"{options.run} has {config['epochs']} epochs: {max(EPOCHS)} are needed")
+    dataset, size = config["dataset"], config["image_size"]
     plot_losses(options.run, options.output / f"{dataset}_losses.png")
-    plot_pictures(options.run, options.output / f"{dataset}_pictures.png", dataset != "synthetic")
+    path = options.output / f"{dataset}_pictures.png"
+    plot_pictures(options.run, path, dataset != "synthetic", size)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import functional
 from tqdm import tqdm
 
-from vae.checkpoint import replace_atomically
+from vae.checkpoint import save_checkpoint
 
 CACHE_FOLDER = Path(__file__).parent / "cache"
 
@@ -162,8 +162,8 @@ def compute_once(
 ) -> Tensor:
     """Return ``compute()`` as a tensor, from the file that an earlier call kept where there is one.
 
-    A kept file that is damaged or has another key is computed again. A folder that cannot be
-    written to costs a warning and the time of the next run.
+    A kept file that is damaged is computed again; one of another key makes room. A folder that
+    cannot be written to costs a warning and the time of the next run.
 
     Args:
         name: the start of the kept file's name.
@@ -184,8 +184,11 @@ def compute_once(
     pixels = torch.from_numpy(compute())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replace_atomically(path) as file:
-            torch.save({"key": key, "crc32": zlib.crc32(pixels.numpy()), "pixels": pixels}, file)
+        checksum = zlib.crc32(pixels.numpy())
+        save_checkpoint({"key": key, "crc32": checksum, "pixels": pixels}, path)
+        for outdated in path.parent.glob(f"{name}-*.pt"):
+            if outdated != path:
+                outdated.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(f"decoded pictures are not kept for the next run: {error}", stacklevel=2)
     return pixels

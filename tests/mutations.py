@@ -50,8 +50,8 @@ MUTATIONS = (
     Mutation(
         "red and blue swapped on the way to the model",
         "datasets/pictures.py",
-        "self.pixels[index].movedim",
-        "self.pixels[index].flip(-1).movedim",
+        "pixels.movedim(-1, -3).float()",
+        "pixels.flip(-1).movedim(-1, -3).float()",
         "tests/datasets",
     ),
     Mutation(

@@ -19,7 +19,7 @@ import torch
 from datasets.pictures import Pictures, Splits
 from datasets.preprocessing import compute_once
 from vae.checkpoint import load_checkpoint, replace_atomically
-from vae_training import Options, find_checkpoint, leave_to_main, run_lock, train
+from vae_training import Options, find_checkpoint, leave_to_main, train
 
 DISK_FULL = 28
 OPTIONS = Options(epochs=6, image_size=8, batch_size=16, checkpoint_every=1, augment=True)
@@ -41,12 +41,11 @@ def run(
     if file_size is not None:
         threading.excepthook = leave_to_main
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    with run_lock(folder):
-        checkpoint = find_checkpoint(folder) if resume else None
-        try:
-            train(options, small_splits(), folder, checkpoint, progress=False)
-        except OSError:
-            sys.exit(DISK_FULL)
+    checkpoint = find_checkpoint(folder) if resume else None
+    try:
+        train(options, small_splits(), folder, checkpoint, progress=False)
+    except OSError:
+        sys.exit(DISK_FULL)
 
 
 def weights(folder: Path) -> str:

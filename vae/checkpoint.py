@@ -5,6 +5,7 @@ import pickle
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,13 +40,17 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write ``checkpoint`` to ``path`` atomically.
+    """Write tensors and plain values to ``path`` atomically.
 
     Raises:
         OSError: if it cannot be written; an earlier checkpoint is still there.
     """
-    with replace_atomically(path) as file:
-        torch.save(checkpoint, file)
+    try:
+        with replace_atomically(path) as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:
+        # What PyTorch's zip writer says when it closes a file that the disk had no room for.
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "than tensors and plain values, which is not read because it could run code"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-            AssertionError, zipfile.BadZipFile) as error:  # fmt: skip
+            AssertionError, OverflowError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
         raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     if not isinstance(checkpoint, dict) or not all(
         isinstance(checkpoint.get(part), dict) for part in ("model", "config")
