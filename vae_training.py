@@ -517,9 +517,8 @@ def write_latents(writer: SummaryWriter, training: Training) -> None:
 
 def pictures_checksum(splits: Splits) -> int:
     """Return a checksum of the training and test pictures."""
-    return zlib.crc32(
-        splits.train.pixels.cpu().numpy(), zlib.crc32(splits.test.pixels.cpu().numpy())
-    )
+    train, test = (split.pixels.cpu().contiguous().numpy() for split in (splits.train, splits.test))
+    return zlib.crc32(train, zlib.crc32(test))
 
 
 def drop_later_events(folder: Path, events: dict[str, int]) -> None:

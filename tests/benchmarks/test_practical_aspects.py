@@ -18,7 +18,7 @@ def test_a_quick_study_leaves_its_table_and_figures_and_trains_nothing_twice(tmp
     folder = tmp_path / "quick"
     table = (folder / "practical_aspects.md").read_text()
     assert first.stdout.count("seed 0: done") == 15
-    assert table.count("\n| ") == 16
+    assert table.count("\n| ") == 17
     for setting in ("the post", "sigma likelihood, beta 1", "64x64 pictures", "--preset best"):
         assert f"\n| {setting} | 10 | " in table
     for name in ("practical_aspects.png", "kl_story.png"):
