@@ -142,6 +142,9 @@ class Training:
                 f"the pictures are {height}x{width}, --image-size is {options.image_size}: "
                 "load the pictures at the size of the model"
             )
+        # A block that nothing touches: once one of 32 MB has been freed, glibc keeps the memory of
+        # a step's activations for the next step, which else takes and faults it in anew each time.
+        torch.empty(2**25 - 2**13, dtype=torch.uint8)
         self.options = options
         self.device = find_device(options.device)
         self.splits = Splits(*(split.to(self.device) for split in splits[:3]), *splits[3:])
