@@ -465,7 +465,7 @@ def write_results(writer: SummaryWriter, training: Training, folder: Path) -> di
     options, model, splits = training.options, training.model.eval(), training.splits
     seconds = time.perf_counter() - training.started
     components = options.latent_size
-    pca_error = pca_squared_error(splits.train[:][0], splits.test.batches(), components)
+    pca_error = pca_squared_error(splits.train.batches(), splits.test.batches(), components)
     metrics = {
         "dataset": splits.dataset,
         "epochs": training.epoch,
@@ -507,8 +507,8 @@ def write_results(writer: SummaryWriter, training: Training, folder: Path) -> di
 def write_latents(writer: SummaryWriter, training: Training) -> None:
     """Write test latents with thumbnails and species to TensorBoard's Projector."""
     test = training.splits.test
-    # The Projector shows up to 8,192 x 8,192 pixels of thumbnails, and stays quick up to 2,000.
-    count = min(2000, (8192 // training.options.image_size) ** 2)
+    # The Projector shows up to 8,192 x 8,192 pixels of thumbnails; a thousand are enough.
+    count = min(1000, (8192 // training.options.image_size) ** 2)
     pictures, labels = test[:: max(1, -(-len(test) // count))]
     training.model.eval()
     means = torch.cat([training.model.encode(batch)[0] for batch in pictures.split(64)])

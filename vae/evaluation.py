@@ -84,14 +84,15 @@ def evaluate(
     }
 
 
-def pca_squared_error(train: Tensor, batches: Iterable[Tensor], components: int) -> float:
+def pca_squared_error(train: Iterable[Tensor], test: Iterable[Tensor], components: int) -> float:
     """Return PCA's squared error per test image with as many components as a latent has dimensions.
 
     PCA is the best linear autoencoder: the yardstick that a nonlinear one has to beat.
 
     Args:
-        train: images that the components are fitted on, [n, channels, height, width].
-        batches: images that the error is measured on, each [batch, channels, height, width].
+        train: batches of images that the components are fitted on, each
+            [batch, channels, height, width].
+        test: batches of images that the error is measured on, likewise.
         components: how many; more than ``train`` spans count as all that it spans.
 
     Raises:
@@ -99,11 +100,12 @@ def pca_squared_error(train: Tensor, batches: Iterable[Tensor], components: int)
     """
     if components < 1:
         raise ValueError(f"asked for {components} components: at least 1 is needed")
-    if not len(train):
+    x = [batch.flatten(1) for batch in train if len(batch)]
+    if not x:
         raise ValueError("there are no images to fit PCA on: at least one is needed")
-    x = train.flatten(1)
+    x = torch.cat(x)
     centre = x.mean(dim=0)
-    x = x - centre
+    x -= centre
     # The smaller of the two products has the same components as the SVD, in a fraction of its
     # time and memory; those that are rounding and nothing else are left out.
     wide = x.shape[0] < x.shape[1]
@@ -111,7 +113,7 @@ def pca_squared_error(train: Tensor, batches: Iterable[Tensor], components: int)
     vectors = vectors[:, values > 1e-6 * values[-1]][:, -components:]
     directions = torch.nn.functional.normalize(vectors.T @ x) if wide else vectors.T
     errors = []
-    for batch in batches:
+    for batch in test:
         residual = batch.flatten(1) - centre
         residual -= residual @ directions.T @ directions
         errors.append(torch.square(residual).sum(dim=1))

@@ -150,40 +150,40 @@ def test_the_pca_error_is_what_numpys_svd_leaves_over(components):
     y = test.flatten(1).double().numpy() - x.mean(axis=0)
     directions = np.linalg.svd(x - x.mean(axis=0))[2][:components]
     expected = ((y - y @ directions.T @ directions) ** 2).sum(axis=1).mean()
-    error = pca_squared_error(train, test.split(4), components)
+    error = pca_squared_error([train], test.split(4), components)
     assert error == pytest.approx(expected, rel=1e-4)
 
 
 def test_with_as_many_components_as_they_span_training_images_are_exact():
     train = torch.rand(5, 1, 4, 4, generator=seeded())
-    assert pca_squared_error(train, [train], 4) < 1e-9
-    assert pca_squared_error(train, [train], 3) > 1e-3
+    assert pca_squared_error([train], [train], 4) < 1e-9
+    assert pca_squared_error([train], [train], 3) > 1e-3
 
 
 def test_more_components_than_training_images_span_count_as_all():
     train = torch.rand(5, 1, 4, 4, generator=seeded(1))
     test = torch.rand(3, 1, 4, 4, generator=seeded(2))
-    assert pca_squared_error(train, [test], 500) == pca_squared_error(train, [test], 5)
+    assert pca_squared_error([train], [test], 500) == pca_squared_error([train], [test], 5)
 
 
 def test_the_images_that_pca_is_measured_on_stay_as_they_are():
     train, test = torch.rand(5, 1, 4, 4), torch.rand(3, 1, 4, 4)
     before = train.clone(), test.clone()
-    pca_squared_error(train, [test], 2)
+    pca_squared_error([train], [test], 2)
     assert torch.equal(train, before[0])
     assert torch.equal(test, before[1])
 
 
 def test_no_training_images_are_refused_by_the_pca():
     with pytest.raises(ValueError, match="no images to fit PCA on: at least one"):
-        pca_squared_error(torch.rand(0, 1, 4, 4), [torch.rand(5, 1, 4, 4)], 2)
+        pca_squared_error([torch.rand(0, 1, 4, 4)], [torch.rand(5, 1, 4, 4)], 2)
 
 
 def test_no_test_images_are_refused_by_the_pca():
     with pytest.raises(ValueError, match="no images to measure PCA on: at least one"):
-        pca_squared_error(torch.rand(5, 1, 4, 4), [], 2)
+        pca_squared_error([torch.rand(5, 1, 4, 4)], [], 2)
 
 
 def test_less_than_one_component_is_refused():
     with pytest.raises(ValueError, match="asked for 0 components: at least 1"):
-        pca_squared_error(torch.rand(5, 1, 4, 4), [torch.rand(5, 1, 4, 4)], 0)
+        pca_squared_error([torch.rand(5, 1, 4, 4)], [torch.rand(5, 1, 4, 4)], 0)
