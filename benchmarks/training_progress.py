@@ -41,7 +41,7 @@ def plot_pictures(run: Path, path: Path, photographs: bool, image_size: int) -> 
     heights = (2, 2) if photographs else (4, 2)
     figure, axes = pyplot.subplots(
         *(2, len(EPOCHS)),
-        figsize=(14, sum(heights) * 0.85 + 0.8),
+        figsize=(14, sum(heights) * 0.45 + 0.8),
         height_ratios=heights,
         layout="constrained",
     )
