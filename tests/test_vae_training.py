@@ -225,6 +225,12 @@ def test_unusual_sizes_and_all_options_train(splits, tmp_path, changes):
     assert np.isfinite(metrics["test"]["total_loss"])
 
 
+def test_pictures_of_256_pixels_train(tmp_path):
+    splits = make_splits(train=3, val=1, test=5, size=256)
+    metrics = train_small(tmp_path, splits, epochs=1, image_size=256)
+    assert np.isfinite(metrics["test"]["total_loss"])
+
+
 def test_a_last_batch_of_one_picture_trains_with_batch_norm(tmp_path):
     metrics = train_small(tmp_path, make_splits(train=9), epochs=1, batch_norm=True)
     assert np.isfinite(metrics["test"]["total_loss"])
