@@ -148,6 +148,7 @@ class Training:
         self.options = options
         self.device = find_device(options.device)
         self.splits = Splits(*(split.to(self.device) for split in splits[:3]), *splits[3:])
+        self.checksum = pictures_checksum(splits)
         self.config = asdict(options) | {
             "image_resolution": [height, width],
             "image_channels": channels,
@@ -242,7 +243,7 @@ class Training:
             "batch": self.batch,
             "random": {"noise": self.noise.get_state(), "order": self.epoch_order},
             "seconds": time.perf_counter() - self.started,
-            "pictures": pictures_checksum(self.splits),
+            "pictures": self.checksum,
             "device": self.device.type,
             "events": events,
         }
@@ -269,7 +270,7 @@ class Training:
                 f"the run began on {checkpoint.get('device')} and its random numbers go on only "
                 f"there: --device {self.device.type} cannot"
             )
-        if checkpoint.get("pictures") != pictures_checksum(self.splits):
+        if checkpoint.get("pictures") != self.checksum:
             raise ValueError(
                 "the checkpoint is from training on other pictures: give --data-root the folder "
                 "that the run began with"
