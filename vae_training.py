@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -90,13 +90,14 @@ class Options:
         for each in fields(self):
             value, choices = getattr(self, each.name), each.metadata["choices"]
             if choices and value not in choices:
-                raise ValueError(f"{flag(each)} is {value!r}: choose from {', '.join(choices)}")
+                raise ValueError(
+                    f"{flag(each.name)} is {value!r}: choose from {', '.join(choices)}"
+                )
         if self.image_size < 8 or self.image_size % 8:
             raise ValueError(f"--image-size is {self.image_size}: a multiple of 8 is needed")
         for name in ("latent_size", "epochs", "batch_size", "cycles", "checkpoint_every"):
             if not 1 <= getattr(self, name) <= 10**6:
-                shown = name.replace("_", "-")
-                raise ValueError(f"--{shown} is {getattr(self, name)}: 1 to 1000000 is needed")
+                raise ValueError(f"{flag(name)} is {getattr(self, name)}: 1 to 1000000 is needed")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"--learning-rate is {self.learning_rate}: a number above 0 is needed")
         if not (math.isfinite(self.beta) and self.beta >= 0):
@@ -511,7 +512,6 @@ def write_latents(writer: SummaryWriter, training: Training) -> None:
     # The Projector shows up to 8,192 x 8,192 pixels of thumbnails; a thousand are enough.
     count = min(1000, (8192 // training.options.image_size) ** 2)
     pictures, labels = test[:: max(1, -(-len(test) // count))]
-    training.model.eval()
     means = torch.cat([training.model.encode(batch)[0] for batch in pictures.split(64)])
     names = Flowers102.classes if training.splits.dataset == "flowers102" else range(102)
     species = [str(names[label]) for label in labels.tolist()]
@@ -579,9 +579,9 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def flag(each: Field) -> str:
+def flag(name: str) -> str:
     """Return the command-line spelling of a field of ``Options``."""
-    return "--" + each.name.replace("_", "-")
+    return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
@@ -607,7 +607,7 @@ def parser() -> Parser:
             if each.type is bool
             else {"type": each.type, "choices": each.metadata["choices"]}
         )
-        group.add_argument(flag(each), default=argparse.SUPPRESS, help=text, **kind)
+        group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=text, **kind)
     output = groups["output"]
     output.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     output.add_argument("--resume", metavar="RUN", help="go on with a run: its name or its folder")
@@ -675,7 +675,7 @@ def resumed_options(config: dict[str, Any], given: dict[str, Any]) -> Options:
     ):
         free.add("epochs")
     changes = [
-        f"--{name.replace('_', '-')} {value} (the run has {getattr(before, name)})"
+        f"{flag(name)} {value} (the run has {getattr(before, name)})"
         for name, value in given.items()
         if name not in free and value != getattr(before, name)
     ]

@@ -125,7 +125,11 @@ def test_augmentation_only_moves_values_within_their_image(batch, height, shift)
 
 
 words = st.sampled_from(
-    [flag(each) for each in fields(Options) if each.name not in ("log_dir", "data_root", "dataset")]
+    [
+        flag(each.name)
+        for each in fields(Options)
+        if each.name not in ("log_dir", "data_root", "dataset")
+    ]
     + ["--no-augment", "--preset", "--overwrite", "--resume", "--help", "--nonsense"]
     + ["0", "1", "2", "8", "16", "-1", "0.5", "1e-3", "nan", "inf", "1e400", "best", "post", "cpu"]
     + ["linear", "cyclical", "sigma", "bernoulli", "cosine", "", "..", "a/b", "é", "x" * 300, "\0"]
