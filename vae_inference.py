@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import gc
 import io
 import json
 import math
@@ -248,4 +249,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # What was imported stays to the end, where looking it through for garbage takes a second.
+    gc.freeze()
     sys.exit(main())

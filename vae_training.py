@@ -1,6 +1,7 @@
 """Train the post's variational autoencoder: ``python vae_training.py``."""
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -171,6 +172,7 @@ class Training:
         self.shuffle = torch.Generator().manual_seed(shuffle)
         self.looks_seed = looks
         self.loader = shuffled_loader(self.splits.train, options.batch_size, self.shuffle)
+        self.epoch_batches = len(self.loader)
 
         self.epoch = self.batch = 0
         self.epoch_order = self.shuffle.get_state()
@@ -179,7 +181,7 @@ class Training:
     @property
     def step(self) -> int:
         """Batches trained on since the start of the run."""
-        return self.epoch * len(self.loader) + self.batch
+        return self.epoch * self.epoch_batches + self.batch
 
     def batches(self) -> Iterator[Tensor]:
         """Yield the images of the epoch's batches that have not been trained on yet."""
@@ -192,7 +194,7 @@ class Training:
     def follow_schedules(self) -> None:
         """Set beta and the learning rate for the next step."""
         options = self.options
-        progress = self.step / (options.epochs * len(self.loader))
+        progress = self.step / (options.epochs * self.epoch_batches)
         warmup = options.warmup_epochs / options.epochs
         share = beta_at(progress, options.beta_schedule, min(warmup, 1.0), options.cycles)
         self.loss.beta = options.beta * share
@@ -285,7 +287,7 @@ class Training:
             self.epoch, self.batch = int(checkpoint["epoch"]), int(checkpoint["batch"])
             self.started = time.perf_counter() - checkpoint["seconds"]
             events = {name: int(size) for name, size in checkpoint["events"].items()}
-            if self.epoch < 0 or not 0 <= self.batch < len(self.loader):
+            if self.epoch < 0 or not 0 <= self.batch < self.epoch_batches:
                 raise ValueError(f"epoch {self.epoch}, batch {self.batch} is not in the run")
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
@@ -355,11 +357,11 @@ def train(
                 optimiser.step()
                 training.batch += 1
                 # Only on the CPU is the loss there to look at without waiting for the device.
-                if stop.requested or (on_cpu and not total_loss.isfinite()):
+                if stop.requested or (on_cpu and not math.isfinite(total_loss.item())):
                     break
 
             last_losses = write_losses(writer, training, losses)
-            if training.batch == len(training.loader):
+            if training.batch == training.epoch_batches:
                 # At the end of every epoch, create reconstructions of one batch of test data
                 write_test_batch(writer, training, next(test_batches))
                 writer.add_scalar("beta", loss.beta, training.step - 1)
@@ -775,6 +777,8 @@ def leave_to_main(error: threading.ExceptHookArgs) -> None:
 
 
 if __name__ == "__main__":
+    # What was imported stays to the end, where looking it through for garbage takes a second.
+    gc.freeze()
     threading.excepthook = leave_to_main
     try:
         sys.exit(main())
