@@ -31,16 +31,10 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from datasets.pictures import DATASETS, Pictures, Splits, augment, load_splits, shuffled_loader
-from vae.checkpoint import (
-    first_line,
-    is_finite,
-    load_checkpoint,
-    replace_atomically,
-    save_checkpoint,
-)
+from vae.checkpoint import is_finite, load_checkpoint, replace_atomically, save_checkpoint
 from vae.evaluation import evaluate, pca_squared_error
 from vae.losses import BETA_SCHEDULES, LIKELIHOODS, ELBOLoss, beta_at
-from vae.vae import VAE, find_device
+from vae.vae import VAE, find_device, first_line
 
 ROOT = Path(__file__).parent
 EVALUATE_EVERY = 10

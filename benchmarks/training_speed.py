@@ -1,4 +1,4 @@
-"""Measure how fast training is, on Linux: ``python benchmarks/training_speed.py`` (6 minutes).
+"""Measure how fast training is, on Linux: ``python benchmarks/training_speed.py`` (5 minutes).
 
 This repository, the plain way of most tutorials, and pythae (if it is installed) train the post's
 network on the same pictures, in turns, so that whatever else the machine does meets all of them;
@@ -41,8 +41,8 @@ sys.path.insert(0, str(ROOT))
 from datasets import flowers102, preprocessing, synthetic  # noqa: E402
 from datasets.pictures import Pictures, Splits, load_splits  # noqa: E402
 from vae.losses import ELBOLoss  # noqa: E402
-from vae.vae import VAE  # noqa: E402
-from vae_training import Options, Parser, Training, find_device, train  # noqa: E402
+from vae.vae import VAE, find_device  # noqa: E402
+from vae_training import Options, Parser, Training, train  # noqa: E402
 
 BATCH = Options.batch_size
 SIZE = (32, 32)

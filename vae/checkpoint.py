@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from vae.vae import VAE
+from vae.vae import VAE, first_line
 
 
 @contextmanager
@@ -114,8 +114,3 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[VAE, dic
 def is_finite(model: VAE) -> bool:
     """Return whether every weight of the model is a finite number."""
     return all(bool(weight.isfinite().all()) for weight in model.state_dict().values())
-
-
-def first_line(error: Exception) -> str:
-    """Return an error's message without what PyTorch adds below its first line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

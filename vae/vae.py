@@ -99,6 +99,10 @@ def find_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = (str(error).splitlines() or ["unknown"])[0]
-        raise ValueError(f"device {name} is not to be had here: {reason}") from None
+        raise ValueError(f"device {name} is not to be had here: {first_line(error)}") from None
     return torch.device(name)
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's message without what PyTorch adds below its first line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

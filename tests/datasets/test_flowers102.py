@@ -77,18 +77,17 @@ def test_a_damaged_mat_file_is_named(data_root, name):
         find_pictures(data_root, "train")
 
 
-def test_mat_files_that_do_not_fit_each_other_are_an_error(data_root, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        pytest.param("imagelabels.mat", "labels", id="too-few-labels"),
+        pytest.param("setid.mat", "something", id="no-splits"),
+    ],
+)
+def test_mat_files_that_do_not_fit_each_other_are_an_error(data_root, monkeypatch, name, key):
     folder = data_root / "flowers-102"
-    savemat(folder / "imagelabels.mat", {"labels": np.arange(1, 6)})
-    accept(monkeypatch, folder / "imagelabels.mat")
-    with pytest.raises(ValueError, match=rf"\.mat files in {folder} do not fit each other"):
-        find_pictures(data_root, "test")
-
-
-def test_a_mat_file_without_the_splits_is_an_error(data_root, monkeypatch):
-    folder = data_root / "flowers-102"
-    savemat(folder / "setid.mat", {"something": np.arange(1, 6)})
-    accept(monkeypatch, folder / "setid.mat")
+    savemat(folder / name, {key: np.arange(1, 6)})
+    accept(monkeypatch, folder / name)
     with pytest.raises(ValueError, match=rf"\.mat files in {folder} do not fit each other"):
         find_pictures(data_root, "test")
 
