@@ -1,15 +1,18 @@
 """See what a trained model has learnt: ``python vae_inference.py similar photograph.jpg``."""
 
+from vae.training.command_line import one_line_errors, read_inference_line
+
+if __name__ == "__main__":
+    read_inference_line(__doc__)  # --help and mistakes are answered before PyTorch is loaded
+
 import argparse
 import base64
-import gc
 import io
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -18,65 +21,66 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.utils import make_grid
 
 from datasets.preprocessing import read_photograph
-from vae.checkpoint import load_model, replace_atomically
 from vae.latent import near, spherical_steps, variation_per_dimension
 from vae.layers import Decoder
-from vae.vae import VAE, find_device
+from vae.training.checkpoint import load_model, replace_atomically
+from vae.training.run import find_device
+from vae.vae import VAE
 
 ROOT = Path(__file__).parent
 SMALLEST_SIDE = 128
 """Pixels that each picture of a grid has at least on its shorter side."""
 
 
-def similar(model: VAE, options: argparse.Namespace, generator: torch.Generator) -> bytes:
+def similar(model: VAE, options: argparse.Namespace) -> bytes:
     """Draw one row for each picture: the picture, its reconstruction, new flowers near it."""
     images = []
     for x in photographs(model, options):
-        mean, log_var = model.encode(x)
-        z = near(mean, log_var, options.count, options.spread, generator)
-        images += [x, model.decode(torch.cat((mean, z)))]
+        mean, log_var = model.encoder(x)
+        z = near(mean, log_var, options.count, options.spread)
+        images += [x, model.decoder(torch.cat((mean, z)))]
     captions = ["picture", "reconstruction", "new flowers"]
     return draw_grid(torch.cat(images), options.count + 2, captions)
 
 
-def sample(model: VAE, options: argparse.Namespace, generator: torch.Generator) -> bytes:
+def sample(model: VAE, options: argparse.Namespace) -> bytes:
     """Draw new flowers from the prior."""
-    return draw_grid(model.sample(options.count, generator), math.ceil(math.sqrt(options.count)))
+    return draw_grid(model.sample(options.count), math.ceil(math.sqrt(options.count)))
 
 
-def reconstruct(model: VAE, options: argparse.Namespace, generator: torch.Generator) -> bytes:
+def reconstruct(model: VAE, options: argparse.Namespace) -> bytes:
     """Draw each picture beside its reconstruction."""
     x = torch.cat(photographs(model, options))
     pairs = torch.stack((x, model.reconstruct(x)), dim=1).flatten(0, 1)
     return draw_grid(pairs, 2, ["picture", "reconstruction"])
 
 
-def interpolate(model: VAE, options: argparse.Namespace, generator: torch.Generator) -> bytes:
+def interpolate(model: VAE, options: argparse.Namespace) -> bytes:
     """Draw the way from one picture to another, between the two pictures."""
     start, end = photographs(model, options)
-    z = spherical_steps(model.encode(start)[0], model.encode(end)[0], options.steps)
+    z = spherical_steps(model.encoder(start)[0], model.encoder(end)[0], options.steps)
     captions = ["from", *[""] * options.steps, "to"]
-    return draw_grid(torch.cat((start, model.decode(z), end)), len(captions), captions)
+    return draw_grid(torch.cat((start, model.decoder(z), end)), len(captions), captions)
 
 
-def traverse(model: VAE, options: argparse.Namespace, generator: torch.Generator) -> bytes:
+def traverse(model: VAE, options: argparse.Namespace) -> bytes:
     """Draw one row for each latent dimension, which alone moves over the prior's -3 to 3."""
     (x,) = photographs(model, options)
-    shares, order = variation_per_dimension(model, generator).sort(descending=True)
+    shares, order = variation_per_dimension(model).sort(descending=True)
     values = torch.linspace(-3, 3, options.steps, device=x.device)
-    z = model.encode(x)[0].repeat(model.latent_size, options.steps, 1)
+    z = model.encoder(x)[0].repeat(model.latent_size, options.steps, 1)
     for row, dimension in enumerate(order):
         z[row, :, dimension] = values
     rows = [f"z{d} ({share:.0%})" for d, share in zip(order.tolist(), shares.tolist(), strict=True)]
     captions = [f"{value:.3g}" for value in values.tolist()]
-    return draw_grid(model.decode(z.flatten(0, 1)), options.steps, captions, rows)
+    return draw_grid(model.decoder(z.flatten(0, 1)), options.steps, captions, rows)
 
 
-def explore(model: VAE, options: argparse.Namespace, generator: torch.Generator) -> bytes:
+def explore(model: VAE, options: argparse.Namespace) -> bytes:
     """Write a web page that needs nothing but itself: sliders that move the decoder's picture."""
     exported = {
         "features": model.decoder.feature_shape,
-        "variation": variation_per_dimension(model, generator).tolist(),
+        "variation": variation_per_dimension(model).tolist(),
         "layers": [
             {"weight": base64_float32(layer.weight), "bias": base64_float32(layer.bias)}
             for layer in layers_of(model.decoder)
@@ -106,10 +110,9 @@ def photographs(model: VAE, options: argparse.Namespace) -> list[Tensor]:
     Raises:
         ValueError: if one of them cannot be read; the message names it.
     """
-    _, height, width = model.encoder.image_shape
     device = model.decoder.fc.weight.device
     return [
-        read_photograph(path, (height, width), options.centre_crop).to(device)
+        read_photograph(path, model.image_resolution, options.centre_crop).to(device)
         for path in options.images
     ]
 
@@ -158,97 +161,30 @@ def newest_checkpoint(log_dir: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> None:
-        """Print one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+COMMANDS = {
+    each.__name__: each for each in (similar, sample, reconstruct, interpolate, traverse, explore)
+}
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """Return an argparse type for a number from ``low`` to ``high``, both included."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} given, {low} to {high} needed")
-        return value
-
-    return parse
-
-
-def parser() -> Parser:
-    """Return the command line: one sub-command for each way to look at a model."""
-    command = Parser(description=__doc__, allow_abbrev=False)
-    commands = command.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(run: Callable, help: str, images: int | str = 0, suffix: str = "png") -> Parser:
-        name = run.__name__
-        each = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-        each.set_defaults(run=run, images=[])
-        if images:
-            each.add_argument("images", nargs=images, type=Path, metavar="IMAGE", help="a picture")
-            text = "cut the middle out of a picture that is not square, do not squeeze it"
-            each.add_argument("--centre-crop", action="store_true", help=text)
-        each.add_argument("--checkpoint", type=Path, help="default: the newest in --log-dir")
-        option(each, "--log-dir", Path, ROOT / "vae" / "runs", "folder of all runs")
-        option(each, "--output", Path, Path(f"{name}.{suffix}"), "file to write")
-        option(each, "--seed", number(int, 0, 2**32 - 1), 0, "of the noise")
-        option(each, "--device", str, "auto", "cpu, cuda, mps ...; auto: an accelerator if any")
-        return each
-
-    def option(each: Parser, name: str, kind: Callable, default: Any, help: str) -> None:
-        each.add_argument(name, type=kind, default=default, help=f"{help} (default: %(default)s)")
-
-    each = add(similar, "a picture, its reconstruction, and new flowers near it", "+")
-    option(each, "--count", number(int, 1, 1000), 8, "new flowers for each picture")
-    option(each, "--spread", number(float, 0, 1), 0.3, "0: the reconstruction; 1: any flower")
-    each = add(sample, "new flowers")
-    option(each, "--count", number(int, 1, 1000), 64, "new flowers")
-    add(reconstruct, "pictures beside their reconstructions", "+")
-    each = add(interpolate, "the way from one picture to another", 2)
-    option(each, "--steps", number(int, 2, 100), 8, "pictures on the way, both ends included")
-    each = add(traverse, "what each latent dimension does to a picture", 1)
-    option(each, "--steps", number(int, 2, 100), 7, "pictures for each dimension")
-    add(explore, "a web page with a slider for each latent dimension", suffix="html")
-    return command
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    command = parser()
-    options = command.parse_args(arguments)
-    try:
-        device = find_device(options.device)
-        checkpoint = options.checkpoint or newest_checkpoint(options.log_dir)
-        if options.output.resolve() in [each.resolve() for each in (checkpoint, *options.images)]:
-            raise ValueError(f"{options.output} would be replaced: name another file with --output")
-        model, _ = load_model(checkpoint, device)
-        if model.encoder.image_shape[0] != 3:
-            raise ValueError(f"{checkpoint} is of a model whose images are not RGB: choose another")
-        generator = torch.Generator(device).manual_seed(options.seed)
-        with torch.inference_mode():
-            content = options.run(model, options, generator)
-    except ValueError as error:
-        command.error(str(error))
-    try:
-        with replace_atomically(options.output) as file:
-            file.write(content)
-    except OSError as error:
-        command.error(
-            f"{options.output} cannot be written: {error.strerror}. Name another with --output"
-        )
+@one_line_errors()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line says and write one file."""
+    options = read_inference_line(__doc__, arguments)
+    checkpoint = options.checkpoint or newest_checkpoint(options.log_dir)
+    if options.output.resolve() in [each.resolve() for each in (checkpoint, *options.images)]:
+        raise ValueError(f"{options.output} would be replaced: name another file with --output")
+    model, config = load_model(checkpoint, find_device(options.device))
+    if config["image_channels"] != 3:
+        raise ValueError(f"{checkpoint} is of a model whose images are not RGB: choose another")
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        content = COMMANDS[options.command](model, options)
+    with replace_atomically(options.output) as file:
+        file.write(content)
     if not options.checkpoint:
         print(f"from the newest run: {checkpoint}", file=sys.stderr)
     print(options.output)
-    return 0
 
 
 if __name__ == "__main__":
-    # What was imported stays to the end, where looking it through for garbage takes a second.
-    gc.freeze()
-    sys.exit(main())
+    main()

@@ -1,25 +1,34 @@
-"""Whole splits in memory, and batches drawn from them."""
+"""Whole splits in memory, batches drawn from them, and random changes of a batch."""
 
+import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from datasets import flowers102, synthetic
-from datasets.preprocessing import compute_in_parallel, compute_once, decode_pictures, fingerprint
+from datasets.preprocessing import compute_once, decode_pictures, fingerprint
 
-SPLITS = ("train", "val", "test")
 DATASETS = ("auto", "flowers102", "synthetic")
+
+# How far ``augment`` goes, chosen on the validation split; 0 switches a change off.
+SHIFT = 0.09  # largest shift each way, in heights and widths of the picture
+ROTATION = 25.0  # largest rotation each way, in degrees
+ZOOM = 0.25  # largest zoom in and out, as a share: 1 / 1.25 to 1.25
+COLOUR = 0.3  # largest change of a colour channel's brightness, as a share: 0.7 to 1.3
 
 
 class Pictures(Dataset):
     """A split as uint8 in memory (3,072 bytes a picture at 32x32), indexed without Python loops.
+
+    All images are float32 in [0, 1]: bit for bit ``ToTensor`` of the pixels.
 
     Args:
         pixels: [n, height, width, channels] uint8.
@@ -32,32 +41,26 @@ class Pictures(Dataset):
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
         if pixels.ndim != 4 or pixels.dtype != torch.uint8 or labels.shape != pixels.shape[:1]:
             raise ValueError(
-                f"pixels are {list(pixels.shape)} of {pixels.dtype} and labels "
-                f"{list(labels.shape)}: [n, height, width, channels] of torch.uint8 and [n] are "
-                "needed"
+                f"pixels are {list(pixels.shape)} of {pixels.dtype}, labels {list(labels.shape)}: "
+                "[n, height, width, channels] of torch.uint8 and [n] are needed"
             )
-        self.pixels = pixels
-        self.labels = labels
+        self.pixels, self.labels = pixels, labels
 
     def __len__(self) -> int:
         """Return the number of pictures."""
         return len(self.pixels)
 
-    def __getitem__(self, index: int | slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Return images and labels for one index, a slice, or a tensor of indices.
+    def __getitem__(self, index: int | slice) -> tuple[Tensor, Tensor]:
+        """Return the image, [channels, height, width], and label of an index, or a slice's."""
+        return self.pixels[index].movedim(-1, -3).float().div_(255), self.labels[index]
 
-        The images are float32 in [0, 1], [channels, height, width] for one index and
-        [batch, channels, height, width] (channels last in memory) for more: bit for bit
-        ``ToTensor`` of the pixels.
-        """
-        if isinstance(index, Tensor):
-            pixels, labels = self.pixels.index_select(0, index), self.labels.index_select(0, index)
-        else:
-            pixels, labels = self.pixels[index], self.labels[index]
-        return pixels.movedim(-1, -3).float().div_(255), labels
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Return images, [batch, channels, height, width] channels last in memory, and labels."""
+        index = torch.tensor(indices, dtype=torch.int64, device=self.pixels.device)
+        return Pictures(self.pixels.index_select(0, index), self.labels.index_select(0, index))[:]
 
     def batches(self, size: int = 64) -> Iterator[Tensor]:
-        """Yield all images in order, [batch, channels, height, width] float32 in [0, 1]."""
+        """Yield all images in order, [batch, channels, height, width]."""
         for start in range(0, len(self), size):
             yield self[start : start + size][0]
 
@@ -66,72 +69,57 @@ class Pictures(Dataset):
         return Pictures(self.pixels.to(device), self.labels.to(device))
 
 
-class ShuffledBatches(Sampler[Tensor]):
-    """Batches of indices in a new random order each epoch, on the pictures' own device."""
-
-    def __init__(self, pictures: Pictures, batch_size: int, generator: torch.Generator) -> None:
-        self.pictures = pictures
-        self.batch_size = batch_size
-        self.generator = generator
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch, a last smaller one included."""
-        return -(-len(self.pictures) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield index tensors of ``batch_size``, the last one of what is left."""
-        order = torch.randperm(len(self.pictures), generator=self.generator)
-        yield from order.to(self.pictures.pixels.device).split(self.batch_size)
+def whole_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return ``batch``: as ``collate_fn`` for ``Pictures``, whose batches come in one piece."""
+    return batch
 
 
-def shuffled_loader(pictures: Pictures, batch_size: int, generator: torch.Generator) -> DataLoader:
-    """Return a ``DataLoader`` of shuffled batches; each batch is a single index operation.
+def augment(images: Tensor) -> Tensor:
+    """Mirror every second image, and shift, rotate, zoom and tint each, all at random.
 
     Args:
-        pictures: the split to draw from.
-        batch_size: pictures in a batch.
-        generator: where the order comes from, on the CPU.
-    """
-    batches = ShuffledBatches(pictures, batch_size, generator)
-    # batch_size=None: the sampler's batches go to the pictures whole, not one index at a time.
-    return DataLoader(pictures, batch_size=None, sampler=batches, generator=generator)
-
-
-def augment(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
-    """Mirror every second image and shift each by a few pixels, drawn at random.
-
-    Args:
-        images: [batch, channels, height, width].
-        max_shift: the largest shift up, down, left and right, in pixels; edges are repeated.
-        generator: where the draws come from, on the images' device.
+        images: [batch, channels, height, width] in [0, 1].
 
     Returns:
-        The same shape, in one index operation for the whole batch.
+        The same shape and range, channels last in memory. What moves in from outside repeats the
+        image's border.
     """
-    batch, _, height, width = images.shape
-
-    def draw(low: int, high: int) -> Tensor:
-        return torch.randint(low, high, (batch, 1), generator=generator, device=images.device)
-
-    rows = torch.arange(height, device=images.device) + draw(-max_shift, max_shift + 1)
-    columns = torch.arange(width, device=images.device) + draw(-max_shift, max_shift + 1)
-    columns = torch.where(draw(0, 2) == 1, width - 1 - columns, columns)
-    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    which = torch.arange(batch, device=images.device)
-    pixels = images.movedim(1, -1)[which[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return pixels.movedim(-1, 1)
+    batch, channels, height, width = images.shape
+    if batch == 0:
+        return images
+    draws = 2 * torch.rand(batch, 5 + channels, dtype=images.dtype, device=images.device) - 1
+    side, right, down, turn, scale = draws[:, :5].unbind(1)
+    mirror = torch.where(side < 0, -1, 1)
+    angle, zoom = math.radians(ROTATION) * turn, (1 + ZOOM) ** scale
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    # Where in the old image each place of the new one lies; both coordinates go from -1 to 1.
+    x = [mirror * cos, -sin * height / width, 2 * SHIFT * right]
+    y = [mirror * sin * width / height, cos, 2 * SHIFT * down]
+    matrices = torch.stack(x + y, dim=1).view(batch, 2, 3)
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    colours = 1 + COLOUR * draws[:, 5:, None, None]
+    tinted = torch.empty_like(moved, memory_format=torch.channels_last)
+    return torch.mul(moved, colours, out=tinted).clamp_(0, 1)
 
 
 class Splits(NamedTuple):
-    """The three official splits of one data set, and which it is."""
+    """The official splits, ``"flowers102"`` or ``"synthetic"``, and why the latter fell in."""
 
     train: Pictures
     val: Pictures
     test: Pictures
     dataset: str
-    """``"flowers102"`` or ``"synthetic"``."""
     fallback: str | None
-    """Why the synthetic flowers stand in for the real ones, if they do."""
+
+    @property
+    def image_resolution(self) -> tuple[int, int]:
+        """(height, width) of the pictures."""
+        return tuple(self.train.pixels.shape[1:3])
+
+    def to(self, device: torch.device | str) -> "Splits":
+        """Return the same splits on ``device``."""
+        return Splits(*(pictures.to(device) for pictures in self[:3]), *self[3:])
 
 
 def load_splits(
@@ -155,36 +143,41 @@ def load_splits(
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset is {dataset!r}: one of {', '.join(DATASETS)} is needed")
-    _check_memory(image_resolution)
+    _check_memory(*image_resolution)
     fallback = None
     if dataset != "synthetic" and not flowers102.is_on_disk(data_root):
+        advice = "name another folder with --data-root, or take --dataset synthetic"
         try:
             print(f"Downloading Flowers102 to {data_root}", file=sys.stderr)
             flowers102.download(data_root)
-        except flowers102.ServerUnreachableError as error:
+        except ConnectionError as error:
             fallback = (
                 f"Flowers102 is not in {data_root}, and its server cannot be reached ({error})"
             )
             if dataset == "flowers102":
-                raise ValueError(
-                    f"{fallback}. Put its files into {data_root / 'flowers-102'}, name another "
-                    "folder with --data-root, or take --dataset synthetic"
-                ) from None
+                folder = data_root / "flowers-102"
+                raise ValueError(f"{fallback}. Put its files into {folder}, {advice}") from None
         except OSError as error:
-            raise ValueError(
-                f"Flowers102 cannot be kept in {data_root}: {error}. Name another folder with "
-                "--data-root, or take --dataset synthetic"
-            ) from None
-    if dataset == "synthetic" or fallback:
-        splits = [_load_synthetic(split, image_resolution, progress) for split in SPLITS]
-        return Splits(*splits, "synthetic", fallback)
-    splits = [_load_flowers102(data_root, split, image_resolution, progress) for split in SPLITS]
-    return Splits(*splits, "flowers102", None)
+            reason = f"Flowers102 cannot be kept in {data_root}: {error}"
+            raise ValueError(f"{reason}. {advice.capitalize()}") from None
+    dataset = "synthetic" if fallback or dataset == "synthetic" else "flowers102"
+    splits = []
+    for split in synthetic.SPLITS:
+        caption = f"Preparing {split} pictures" if progress else None
+        if dataset == "flowers102":
+            paths, labels = flowers102.find_pictures(data_root, split)
+            compute = partial(decode_pictures, paths, image_resolution, caption)
+        else:
+            paths, labels = [Path(synthetic.__file__)], synthetic.flower_labels(split)
+            compute = partial(synthetic.draw_flowers, split, image_resolution, None, caption)
+        name = "{}-{}-{}x{}".format(dataset, split, *image_resolution)
+        pixels = compute_once(name, fingerprint(paths, split, image_resolution), compute)
+        splits.append(Pictures(pixels, torch.tensor(labels)))
+    return Splits(*splits, dataset, fallback)
 
 
-def _check_memory(image_resolution: tuple[int, int]) -> None:
+def _check_memory(height: int, width: int) -> None:
     """Raise ``ValueError`` if all pictures, and what PCA makes of 1,020, will not fit in memory."""
-    height, width = image_resolution
     # A byte a value for all pictures; as floats, three times over, for the training pictures.
     needed = height * width * 3 * (8189 + 12 * 1020)
     available = psutil.virtual_memory().available
@@ -193,34 +186,3 @@ def _check_memory(image_resolution: tuple[int, int]) -> None:
             f"pictures of {height}x{width} need {needed / 1e9:.1f} GB of memory and "
             f"{available / 1e9:.1f} GB are free: take smaller ones (--image-size)"
         )
-
-
-def _load_flowers102(
-    data_root: Path, split: str, image_resolution: tuple[int, int], progress: bool
-) -> Pictures:
-    paths, labels = flowers102.find_pictures(data_root, split)
-    pixels = compute_once(
-        f"flowers102-{split}-{image_resolution[0]}x{image_resolution[1]}",
-        fingerprint(paths, image_resolution),
-        lambda: decode_pictures(
-            paths, image_resolution, f"Decoding {split} pictures" if progress else None
-        ),
-    )
-    return Pictures(pixels, torch.tensor(labels))
-
-
-def _load_synthetic(split: str, image_resolution: tuple[int, int], progress: bool) -> Pictures:
-    labels = torch.from_numpy(synthetic.flower_labels(split))
-
-    def draw() -> np.ndarray:
-        pixels = np.empty((len(labels), *image_resolution, 3), np.uint8)
-        compute_in_parallel(
-            lambda run: synthetic.draw_flowers(split, image_resolution, run),
-            pixels,
-            f"Drawing {split} flowers" if progress else None,
-        )
-        return pixels
-
-    key = fingerprint([Path(synthetic.__file__)], split, image_resolution)
-    name = f"synthetic-{split}-{image_resolution[0]}x{image_resolution[1]}"
-    return Pictures(compute_once(name, key, draw), labels)

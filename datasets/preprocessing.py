@@ -2,13 +2,13 @@
 
 import hashlib
 import os
+import stat
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import PIL
@@ -16,9 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional
-from tqdm import tqdm
-
-from vae.checkpoint import save_checkpoint
+from tqdm.contrib.concurrent import thread_map
 
 CACHE_FOLDER = Path(__file__).parent / "cache"
 
@@ -28,26 +26,21 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     """Open an image file; what goes wrong while it is open is reported with the file's name.
 
     Raises:
-        ValueError: if it is missing, damaged, no picture, or so large (over 179 million pixels)
-            that it may be a decompression bomb. The message names the file.
+        ValueError: if it is missing, damaged, no regular file, no picture, too large for the free
+            memory, or so large (over 179 million pixels) that it may be a decompression bomb.
     """
     try:
+        # Opening a FIFO would wait for somebody to write to it.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is not a regular file")
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
-
-
-def read_picture(path: Path) -> Image.Image:
-    """Decode an image file to RGB.
-
-    Raises:
-        ValueError: if it cannot be read (see ``open_picture``).
-    """
-    with open_picture(path) as image:
-        return image.convert("RGB")
+    # A damaged file can make Pillow's decoders raise almost anything, SyntaxError included.
+    except Exception as error:
+        reason = "too little memory is free" if isinstance(error, MemoryError) else error
+        raise ValueError(f"{path} cannot be read as a picture: {reason}") from None
 
 
 def read_photograph(
@@ -60,9 +53,8 @@ def read_photograph(
 
     Args:
         path: the image file.
-        image_resolution: (height, width) that it is resized to, as the training pictures are:
-            squeezed, not cropped.
-        centre_crop: cut the middle out in the shape of ``image_resolution`` instead of squeezing.
+        image_resolution: (height, width) that it is squeezed into, as the training pictures are.
+        centre_crop: cut the middle out in the shape of ``image_resolution`` instead.
 
     Raises:
         ValueError: if it cannot be read (see ``open_picture``) or its pixels are float32, whose
@@ -84,62 +76,40 @@ def read_photograph(
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-    if centre_crop:
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    return functional.to_tensor(functional.resize(image, [height, width])).unsqueeze(0)
+            if centre_crop:
+                image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+            return functional.to_tensor(functional.resize(image, [height, width])).unsqueeze(0)
 
 
 def picture_to_pixels(path: Path, image_resolution: tuple[int, int]) -> np.ndarray:
     """Decode and resize one picture as torchvision's ``Resize`` does: [height, width, 3] uint8.
 
-    ``ToTensor`` of it is bit for bit what the post's transformation pipeline gives.
-
-    Raises:
-        ValueError: if the file cannot be read as a picture.
+    ``ToTensor`` of it is bit for bit what the post's transformation pipeline gives. A file that
+    cannot be read is a ``ValueError`` (see ``open_picture``).
     """
-    return np.asarray(functional.resize(read_picture(path), list(image_resolution)))
-
-
-def compute_in_parallel(
-    compute: Callable[[range], np.ndarray], out: np.ndarray, progress: str | None = None
-) -> None:
-    """Fill ``out[i]`` for every i with what ``compute`` returns for runs of indices, on all cores.
-
-    Threads are enough: Pillow and NumPy let go of the interpreter's lock while they work.
-
-    Args:
-        compute: given a range of indices, returns their pictures, [len, height, width, 3].
-        out: the array to fill, [n, height, width, 3].
-        progress: the progress bar's caption; no bar if None.
-    """
-    count = len(out)
-    runs = [range(start, min(start + 32, count)) for start in range(0, count, 32)]
-    bar = tqdm(desc=progress, total=count, unit="picture", disable=progress is None)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        try:
-            for run, pictures in zip(runs, pool.map(compute, runs), strict=True):
-                out[run.start : run.stop] = pictures
-                bar.update(len(run))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with open_picture(path) as image:
+        return np.asarray(functional.resize(image.convert("RGB"), list(image_resolution)))
 
 
 def decode_pictures(
-    paths: Sequence[Path], image_resolution: tuple[int, int], progress: str | None = None
+    paths: Sequence[Path], image_resolution: tuple[int, int], caption: str | None = None
 ) -> np.ndarray:
-    """Decode and resize many pictures on all cores: [n, height, width, 3] uint8.
+    """Do so with many pictures on all cores, under a progress bar: [n, height, width, 3] uint8."""
+    decode = partial(picture_to_pixels, image_resolution=image_resolution)
+    return np.stack(map_in_parallel(decode, paths, caption))
 
-    Raises:
-        ValueError: if one of them cannot be read; the message names it.
+
+def map_in_parallel(
+    function: Callable[[Any], Any], items: Sequence[Any], caption: str | None, unit: str = "picture"
+) -> list[Any]:
+    """Return ``function`` of each item; it runs on all cores, and the first error stops the rest.
+
+    Threads are enough: Pillow and NumPy let go of the interpreter's lock while they work. The
+    progress bar counts in ``unit`` and shows on terminals only; without a ``caption`` there is none.
     """
-    pixels = np.empty((len(paths), *image_resolution, 3), np.uint8)
-    compute_in_parallel(
-        lambda run: np.stack([picture_to_pixels(paths[i], image_resolution) for i in run]),
-        pixels,
-        progress,
-    )
-    return pixels
+    hidden = None if caption else True
+    bar = {"desc": caption, "unit": unit, "disable": hidden, "leave": False, "dynamic_ncols": True}
+    return thread_map(function, items, max_workers=os.cpu_count(), **bar)
 
 
 def fingerprint(paths: Sequence[Path], *parts: object) -> str:
@@ -153,7 +123,7 @@ def fingerprint(paths: Sequence[Path], *parts: object) -> str:
     for path in paths:
         status = path.stat() if path.exists() else None
         found = status and (status.st_size, status.st_mtime_ns)
-        state.update(f"{path.resolve()} {found}\n".encode())
+        state.update(repr((os.path.abspath(path), found)).encode())
     return state.hexdigest()
 
 
@@ -171,24 +141,32 @@ def compute_once(
         compute: makes the array.
         folder: where the file is kept, ``CACHE_FOLDER`` if not given.
     """
-    path = (folder or CACHE_FOLDER) / f"{name}-{key[:12]}.pt"
+    path = (folder or CACHE_FOLDER) / f"{name}-{key[:12]}.npz"
     try:
-        kept = torch.load(path, weights_only=True)
-        if kept["key"] == key and kept["crc32"] == zlib.crc32(kept["pixels"].numpy()):
-            return kept["pixels"]
+        with np.load(path, allow_pickle=False) as kept:
+            # NumPy itself reads no more than a header asks for, and that can be damaged, too.
+            if kept.zip.testzip():
+                raise ValueError("a checksum is wrong")
+            if kept["key"] == key:
+                return torch.from_numpy(kept["pixels"])
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, RuntimeError, EOFError, UnpicklingError, LookupError, TypeError, ValueError,
-            AttributeError) as error:  # fmt: skip
+    # A damaged file can make NumPy and its zip reader raise almost anything.
+    except Exception as error:
         warnings.warn(f"{path} is damaged and made again ({type(error).__name__})", stacklevel=2)
-    pixels = torch.from_numpy(compute())
+    pixels = compute()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        checksum = zlib.crc32(pixels.numpy())
-        save_checkpoint({"key": key, "crc32": checksum, "pixels": pixels}, path)
-        for outdated in path.parent.glob(f"{name}-*.pt"):
-            if outdated != path:
-                outdated.unlink(missing_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, key=key, pixels=pixels)
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        pass  # Another run was faster with the same pictures, and has cleared this one's file away.
     except OSError as error:
         warnings.warn(f"decoded pictures are not kept for the next run: {error}", stacklevel=2)
-    return pixels
+    with suppress(OSError):
+        # Files of other keys, and what killed and failed runs left.
+        for outdated in set(path.parent.glob(f"{name}-*")) - {path}:
+            outdated.unlink()
+    return torch.from_numpy(pixels)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from datasets.preprocessing import map_in_parallel
+
 SPLITS = ("train", "val", "test")
 
 FACTORS = (
@@ -108,53 +110,52 @@ def flower_factors(split: str) -> np.ndarray:
     factors["hue"] = rng.uniform(-0.5, 0.5, n)
     factors["background"] = rng.choice(len(_BACKGROUNDS), n, p=[0.35, 0.2, 0.15, 0.1, 0.2])
     factors["background_light"] = rng.random(n)
-    for part in ("petal", "tip", "throat"):
-        place = factors[f"{part}_colour"] + factors["hue"]
-        for channel, circle in zip(_CHANNELS, _PETAL_COLOURS.T, strict=True):
-            column = np.interp(place, np.arange(len(circle)), circle, period=len(circle))
-            factors[f"{part}_{channel}"] = column
-    for channel, column in zip(_CHANNELS, _DISC_COLOURS[factors["disc_colour"]].T, strict=True):
-        factors[f"disc_{channel}"] = column
+    circle = np.arange(len(_PETAL_COLOURS))
+    for channel, petals, discs in zip(_CHANNELS, _PETAL_COLOURS.T, _DISC_COLOURS.T, strict=True):
+        for part in ("petal", "tip", "throat"):
+            place = factors[f"{part}_colour"] + factors["hue"]
+            factors[f"{part}_{channel}"] = np.interp(place, circle, petals, period=len(circle))
+        factors[f"disc_{channel}"] = discs[factors["disc_colour"]]
     return np.stack([factors[name] for name in FACTORS], axis=1).astype(np.float32)
 
 
 def draw_flowers(
     split: str,
     image_resolution: tuple[int, int] = (32, 32),
-    indices: Sequence[int] | np.ndarray | None = None,
+    indices: Sequence[int] | None = None,
+    caption: str | None = None,
 ) -> np.ndarray:
     """Draw pictures of a split; each depends on the split, its index and the resolution alone.
 
     Args:
         split: one of ``SPLITS``.
-        image_resolution: height and width in pixels, at least 8 each; the flower stays the same.
-        indices: the pictures to draw, [n] integers; None for all of the split.
+        image_resolution: height and width in pixels; the flower stays the same.
+        indices: the pictures to draw, [n]; None for all of the split.
+        caption: the progress bar's; no bar if None.
 
     Returns:
         The pictures, [n, height, width, 3] uint8 (sRGB), in the order of ``indices``.
 
     Raises:
-        ValueError: if the split is unknown, the resolution too small or an index out of range.
+        ValueError: if ``split`` is not one of ``SPLITS``.
+        IndexError: if an index is out of range.
     """
     factors = flower_factors(split)
     height, width = image_resolution
-    if min(height, width) < 8:
-        raise ValueError(f"image_resolution is {image_resolution}; both sides must be at least 8")
-    rows = np.arange(len(factors)) if indices is None else np.asarray(indices)
-    if rows.size and (rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= len(factors)):
-        raise ValueError(
-            f"indices are {rows.dtype} from {rows.min()} to {rows.max()}; for the {split} split "
-            f"they must be integers from 0 to {len(factors) - 1}"
-        )
+    # Negative indices become those that they stand for, and others that are out of range an error.
+    rows = np.arange(len(factors))[slice(None) if indices is None else indices]
     pictures = np.empty((len(rows), height, width, 3), dtype=np.uint8)
     # Arrays of this many pixels stay in the processor's cache.
     chunk = max(1, 2**16 // (height * width))
-    for start in range(0, len(rows), chunk):
+
+    def draw(start: int) -> None:
         part = rows[start : start + chunk]
         seeds = [(_SEED, 1 + SPLITS.index(split), 1 + index) for index in part.tolist()]
         rngs = [np.random.default_rng(seed) for seed in seeds]
         leaves = np.stack([rng.random((_LEAVES, 7), dtype=np.float32) for rng in rngs])
         pictures[start : start + chunk] = _draw(factors[part], leaves, height, width)
+
+    map_in_parallel(draw, range(0, len(rows), chunk), caption, f"x{chunk} pictures")
     return pictures
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from vae.checkpoint import load_model, save_checkpoint
 from vae.latent import variation_per_dimension
+from vae.training.checkpoint import load_model, save_checkpoint
 from vae.vae import VAE
 from vae_inference import main
 
@@ -101,7 +101,7 @@ def seen(page) -> tuple[VAE, dict[str, Any]]:
 
 def decode(model: VAE, z: list[float]) -> np.ndarray:
     with torch.no_grad():
-        return model.decode(torch.tensor([z], dtype=torch.float32))[0].numpy()
+        return model.decoder(torch.tensor([z], dtype=torch.float32))[0].numpy()
 
 
 def on_canvas(report: dict[str, Any], moment: str) -> np.ndarray:
@@ -164,8 +164,9 @@ def test_the_picture_can_be_downloaded(seen):
 
 def test_sliders_are_labelled_with_their_share_the_most_informative_first(seen):
     model, report = seen
-    with torch.no_grad():
-        shares = variation_per_dimension(model, torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        shares = variation_per_dimension(model)
     dimensions = shares.argsort(descending=True).tolist()
     found = [re.fullmatch(r"z(\d+) \((\d+)%\)", label) for label in report["labels"]]
     assert [int(match[1]) for match in found] == dimensions

@@ -8,9 +8,7 @@ from torch import Tensor
 from vae.vae import VAE
 
 
-def near(
-    mean: Tensor, log_var: Tensor, count: int, spread: float, generator: torch.Generator
-) -> Tensor:
+def near(mean: Tensor, log_var: Tensor, count: int, spread: float) -> Tensor:
     """Draw latent vectors around one picture, [count, latent].
 
     z = kept * (mean + spread * posterior std * e1) + spread * prior std * e2 with e1 and e2 from
@@ -24,12 +22,10 @@ def near(
         count: how many.
         spread: 0 (each one is the picture's own mean) to 1 (drawn from the prior, nothing of the
             picture left).
-        generator: where the noise comes from, on the device of ``mean``.
     """
     kept = math.sqrt(1 - spread**2)
     std = spread * torch.sqrt(1 + kept**2 * log_var.exp())
-    epsilon = torch.randn(count, mean.shape[1], generator=generator, device=mean.device)
-    return kept * mean + std * epsilon
+    return kept * mean + std * torch.randn_like(mean.repeat(count, 1))
 
 
 def spherical_steps(start: Tensor, end: Tensor, steps: int) -> Tensor:
@@ -50,7 +46,7 @@ def spherical_steps(start: Tensor, end: Tensor, steps: int) -> Tensor:
     return (((1 - share) * angle).sin() * start + (share * angle).sin() * end) / angle.sin()
 
 
-def variation_per_dimension(model: VAE, generator: torch.Generator, draws: int = 256) -> Tensor:
+def variation_per_dimension(model: VAE, draws: int = 256) -> Tensor:
     """Return each latent dimension's share of the variance of the decoder's pictures, [latent].
 
     It is the share that is left when all other dimensions are known (Sobol's total effect,
@@ -59,17 +55,14 @@ def variation_per_dimension(model: VAE, generator: torch.Generator, draws: int =
 
     Args:
         model: the model.
-        generator: where z comes from, on the model's device.
         draws: pictures to compare for each dimension.
     """
-    z, other = torch.randn(
-        2, draws, model.latent_size, generator=generator, device=generator.device
-    )
-    images = model.decode(z)
+    z, other = torch.randn(2, draws, model.latent_size, device=model.decoder.fc.weight.device)
+    images = model.decoder(z)
     total = images.var(dim=0, correction=0).sum().clamp(min=1e-12)
     changes = []
     for dimension in range(model.latent_size):
         moved = z.clone()
         moved[:, dimension] = other[:, dimension]
-        changes.append(0.5 * torch.square(model.decode(moved) - images).sum() / draws)
+        changes.append(0.5 * torch.square(model.decoder(moved) - images).sum() / draws)
     return torch.stack(changes) / total

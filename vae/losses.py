@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 LIKELIHOODS = ("gaussian", "bernoulli", "sigma")
-BETA_SCHEDULES = ("constant", "linear", "cyclical")
 
 
 class ELBOLoss(nn.Module):
@@ -56,19 +55,13 @@ class ELBOLoss(nn.Module):
             KL loss in nats per image, the reconstruction loss per image in the likelihood's unit.
 
         Raises:
-            ValueError: if the shapes do not fit together.
+            ValueError: if the shapes do not fit together, which PyTorch would broadcast silently.
         """
-        if original.ndim != 4 or original.shape != reconstruction.shape or not len(original):
+        if original.shape != reconstruction.shape or latent_mean.shape != latent_log_var.shape:
+            shapes = original, reconstruction, latent_mean, latent_log_var
             raise ValueError(
-                f"original has shape {list(original.shape)} and reconstruction "
-                f"{list(reconstruction.shape)}: both need the same "
-                "[batch, channels, height, width] with at least one image"
-            )
-        shape = latent_mean.shape
-        if len(shape) != 2 or shape != latent_log_var.shape or shape[0] != len(original):
-            raise ValueError(
-                f"latent_mean has shape {list(shape)} and latent_log_var "
-                f"{list(latent_log_var.shape)}: both need to be [{len(original)}, latent]"
+                f"the loss was given shapes {[list(each.shape) for each in shapes]}: original and "
+                "reconstruction need the same one, and so do latent_mean and latent_log_var"
             )
         kl_loss = self.kl_loss(latent_mean, latent_log_var)
         reconstruction_loss = self.reconstruction_loss(original, reconstruction)
@@ -86,43 +79,25 @@ class ELBOLoss(nn.Module):
             p = reconstruction.clamp(1e-7, 1 - 1e-7)
             entropy = -(original * p.log() + (1 - original) * torch.log1p(-p))
             return entropy.sum(dim=(1, 2, 3)).mean()
-        squared_error = torch.square(original - reconstruction).sum(dim=(1, 2, 3))
+        squared_error = torch.square(original - reconstruction).sum(dim=(1, 2, 3)).mean()
         if self.likelihood == "gaussian":
-            return squared_error.mean()
-        pixels = original[0].numel()
-        # Below a variance of 1e-6 (a thousandth of the grey scale) the logarithm would run away.
-        variance = (squared_error.mean() / pixels).clamp(min=1e-6)
-        return 0.5 * (squared_error.mean() / variance + pixels * torch.log(2 * math.pi * variance))
+            return squared_error
+        return sigma_loss(squared_error, original[0].numel())
+
+
+def sigma_loss(squared_error: Tensor, pixels: int) -> Tensor:
+    """Return -log p(x | z) in nats per image of the Gaussian with the best one variance.
+
+    Args:
+        squared_error: per image, summed over its values, mean over the images; a scalar.
+        pixels: the number of an image's values.
+    """
+    # Below a variance of 1e-6 (a thousandth of the grey scale) the logarithm would run away.
+    variance = (squared_error / pixels).clamp(min=1e-6)
+    return 0.5 * (squared_error / variance + pixels * torch.log(2 * math.pi * variance))
 
 
 def kl_per_dimension(mean: Tensor, log_var: Tensor) -> Tensor:
     """Return KL(N(mean, exp(log_var)) || N(0, 1)) in nats for each element, the inputs' shape."""
     # expm1 keeps the digits that 1 + log_var - exp(log_var) loses next to zero.
     return 0.5 * (torch.square(mean) + torch.expm1(log_var) - log_var)
-
-
-def beta_at(progress: float, schedule: str, warmup: float = 0.0, cycles: int = 1) -> float:
-    """Return the share of the full beta, 0 to 1, that a schedule gives at a point of the training.
-
-    Args:
-        progress: the share of the training that is done, 0 to 1.
-        schedule: ``"constant"``; ``"linear"``: from 0 up to 1 over the warm-up, then 1 (Bowman et
-            al. 2016); ``"cyclical"``: in each cycle from 0 up to 1 over its first half, then 1
-            (Fu et al. 2019).
-        warmup: the share of the training that the linear warm-up takes, 0 to 1.
-        cycles: how many cycles, at least 1.
-
-    Raises:
-        ValueError: for an unknown schedule, a warm-up longer than the training, or no cycle.
-    """
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        if not 0 <= warmup <= 1:
-            raise ValueError(f"the warm-up takes {warmup} of the training: 0 to 1 is needed")
-        return min(1.0, progress / warmup) if warmup else 1.0
-    if schedule == "cyclical":
-        if cycles < 1:
-            raise ValueError(f"{cycles} cycles: at least 1 is needed")
-        return min(1.0, 2 * (progress * cycles % 1))
-    raise ValueError(f"schedule is {schedule!r}: one of {', '.join(BETA_SCHEDULES)} is needed")

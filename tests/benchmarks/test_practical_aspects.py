@@ -1,30 +1,87 @@
-"""The study in its quick mode: every setting trained, the table and both figures written."""
+"""The study and a run's figures, with the small Flowers102 and runs of half a second."""
 
-import subprocess
+import json
+import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
+from benchmarks import practical_aspects, training_progress
+from vae.training.options import Options
+
+NAMES = ("the post", "Bernoulli likelihood, beta 1", "beta 10", "beta 10, linear warm-up")
+# Enough at this learning rate to be told apart in the table's first decimal.
+SHORT = {"epochs": 20, "warmup_epochs": 20, "learning_rate": 5e-3}
+
+
+@pytest.fixture
+def study(data_root, tmp_path, monkeypatch) -> Path:
+    """What the study left: two seeds of each setting, on the small Flowers102."""
+    settings = {name: practical_aspects.SETTINGS[name] | SHORT for name in NAMES}
+    settings["64x64 pictures"] = practical_aspects.SETTINGS["64x64 pictures"] | SHORT
+    monkeypatch.setattr(practical_aspects, "SETTINGS", settings)
+    # Another process would not know of the small Flowers102.
+    monkeypatch.setattr(practical_aspects, "ProcessPoolExecutor", ThreadPoolExecutor)
+    command = ["practical_aspects.py", "--seeds", "2", "--processes", "1"]
+    command += ["--data-root", str(data_root), "--log-dir", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path)])
+    practical_aspects.main()
+    return tmp_path
+
+
+def trained(study: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in study.glob("runs/*/*/metrics.json")}
+
+
+def is_drawn(path: Path) -> bool:
+    with Image.open(path) as figure:
+        return min(figure.size) > 200 and np.asarray(figure.convert("L")).std() > 10
 
 
 @pytest.mark.slow
-def test_a_quick_study_leaves_its_table_and_figures_and_trains_nothing_twice(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "practical_aspects.py", "--quick"]
-    command += ["--log-dir", tmp_path]
-    first = subprocess.run(command, check=True, capture_output=True, text=True)
-    folder = tmp_path / "quick"
-    table = (folder / "practical_aspects.md").read_text()
-    assert first.stdout.count("seed 0: done") == 15
-    assert table.count("\n| ") == 17
-    for setting in ("the post", "sigma likelihood, beta 1", "64x64 pictures", "--preset best"):
-        assert f"\n| {setting} | 10 | " in table
-    for name in ("practical_aspects.png", "kl_story.png"):
-        with Image.open(folder / name) as figure:
-            assert min(figure.size) > 300
+def test_a_study_leaves_its_table_and_figures_and_trains_nothing_twice(study, capsys, monkeypatch):
+    before = trained(study)
+    assert len(before) == 10
+    table = (study / "practical_aspects.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line[:2] == "| "][2:]
+    assert [row[0] for row in rows] == [*NAMES, "64x64 pictures"]
+    assert len({row[2] for row in rows}) == 5
+    for name, epochs, error, *_ in rows:
+        folder = study / "runs" / name.replace(" ", "-").replace(",", "-")
+        runs = [json.loads((folder / seed / "metrics.json").read_text()) for seed in "01"]
+        values = [run["test"]["squared_error"] for run in runs]
+        assert epochs == "20"
+        assert error == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+        for changed, value in practical_aspects.SETTINGS[name].items():
+            assert [run["config"][changed] for run in runs] == [value, value]
+    assert is_drawn(study / "practical_aspects.png")
+    assert is_drawn(study / "kl_story.png")
 
-    again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "done" not in again.stdout
-    assert (folder / "practical_aspects.md").read_text() == table
+    practical_aspects.main()
+    assert trained(study) == before
+    assert (study / "practical_aspects.md").read_text() == table
+
+    practical_aspects.SETTINGS["beta 10"]["beta"] = 9.0
+    with pytest.raises(ValueError, match=r"--beta 9.0 \(the run has 10.0\)"):
+        practical_aspects.main()
+
+    run = study / "runs" / "the-post" / "0"
+    monkeypatch.setattr(sys, "argv", ["training_progress.py", str(run)])
+    with pytest.raises(SystemExit):
+        training_progress.main()
+    assert "has 20 epochs: 500 are needed" in capsys.readouterr().err
+    monkeypatch.setattr(training_progress, "EPOCHS", (10, 20))
+    training_progress.main()
+    assert is_drawn(run / "flowers102_losses.png")
+    assert is_drawn(run / "flowers102_pictures.png")
+
+
+@pytest.mark.parametrize("name", practical_aspects.SETTINGS)
+def test_each_setting_is_an_experiment_and_only_the_post_is_the_posts(name):
+    post = vars(Options(epochs=300))
+    options = vars(Options(**practical_aspects.SETTINGS[name]))
+    assert (options == post) == (name == "the post")

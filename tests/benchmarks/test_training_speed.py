@@ -63,10 +63,11 @@ def test_everything_measured_has_a_median_between_its_lowest_and_highest(tables)
 
 @pytest.mark.parametrize(("name", "other", "target"), CPU_TARGETS)
 def test_every_target_is_judged_by_the_figures_above_it(tables, name, other, target):
-    measured, judged, _ = tables
+    measured, judged = tables
     ratio, _, _, shown, verdict = judged[f"{name} / {other}"]
     assert shown == f"≤ {target}"
-    if other == "epoch, pythae" and other not in measured:
+    if other != "1 s" and other not in measured:
+        assert other == "epoch, pythae" or "1020 pictures" in other
         assert (ratio, verdict) == ("-", "not measured")
         return
     denominator = 1.0 if other == "1 s" else float(measured[other][0])
@@ -75,14 +76,12 @@ def test_every_target_is_judged_by_the_figures_above_it(tables, name, other, tar
         assert verdict == ("met" if float(ratio) < target else "**not met**")
 
 
-def test_growth_has_time_and_memory_of_both_ways(tables):
-    ((count, (_, *cells)),) = tables[2].items()
-    here, plain, here_peak, plain_peak, ratio = map(float, cells[:5])
-    assert count == "70"
-    assert min(here, plain) > 0
-    # No process that trains with PyTorch gets by with less, nor do 70 pictures need more.
-    assert 100 < min(here_peak, plain_peak) <= max(here_peak, plain_peak) < 4000
-    assert ratio == pytest.approx(here_peak / plain_peak, rel=0.02)
+def test_time_and_memory_are_measured_of_both_ways(tables):
+    measured, _ = tables
+    for way in ("this repository", "the plain way"):
+        assert float(measured[f"µs a picture, {way}, 70 pictures"][0]) > 0
+        # No process that trains with PyTorch gets by with less, nor do 70 pictures need more.
+        assert 100 < float(measured[f"peak MiB, {way}, 70 pictures"][0]) < 4000
 
 
 def test_the_start_is_measured_in_a_process_of_its_own(tmp_path, monkeypatch):
@@ -90,7 +89,7 @@ def test_the_start_is_measured_in_a_process_of_its_own(tmp_path, monkeypatch):
     before = preprocessing.CACHE_FOLDER
     seconds = run_apart(False, first_step, str(tmp_path), str(tmp_path / "cache"), 8, "cpu")
     assert 0 < seconds < 60
-    assert len(list((tmp_path / "cache").glob("*.pt"))) == 3
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 3
     assert before == preprocessing.CACHE_FOLDER
 
 
@@ -100,7 +99,7 @@ def test_a_device_that_is_not_there_is_a_one_line_error(monkeypatch, capsys):
         main()
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "nonsense is not to be had here" in error
+    assert error.startswith("training_speed.py: error: device nonsense is not available here")
 
 
 def test_a_new_device_gets_its_section_before_the_notes():

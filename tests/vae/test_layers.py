@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -6,22 +9,18 @@ from torch.nn import functional
 from vae.layers import Decoder, Encoder, SampleLatent
 
 SIZES = [((32, 32), 3, 10), ((8, 8), 1, 1), ((16, 40), 3, 2), ((40, 16), 4, 3), ((64, 64), 3, 512)]
-BAD_SIZES = [
-    ((0, 32), 3, 10, "image resolution is 0x32 .*positive multiples of 8"),
-    ((32, -8), 3, 10, "image resolution is 32x-8 .*positive multiples of 8"),
-    ((36, 32), 3, 10, "image resolution is 36x32 .*positive multiples of 8"),
-    ((32, 7), 3, 10, "image resolution is 32x7 .*positive multiples of 8"),
-    ((32, 32), 0, 10, "image_channels is 0: at least 1"),
-    ((32, 32), 3, 0, "latent_size is 0: at least 1"),
-    ((32, 32), 3, -2, "latent_size is -2: at least 1"),
-]
+BAD_RESOLUTIONS = [(0, 32), (32, -8), (36, 32), (32, 7)]
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """PyTorch's random numbers follow from ``seed`` inside, and go on afterwards as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
-# Encoder.
+# Encoder and decoder.
 
 
 @pytest.mark.parametrize(("resolution", "channels", "latent_size"), SIZES)
@@ -33,35 +32,6 @@ def test_the_encoder_gives_a_mean_and_a_log_variance_for_each_image(
     assert mean.shape == log_var.shape == (2, latent_size)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (3, 16, 24),
-        (2, 1, 16, 24),
-        (2, 3, 24, 16),
-        (2, 16, 24, 3),
-        (2, 3, 16, 32),
-        (1, 2, 3, 16, 24),
-    ],
-)
-def test_the_encoder_refuses_another_shape_and_says_which_it_needs(shape):
-    encoder = Encoder((16, 24), 3, 10)
-    with pytest.raises(ValueError) as error:
-        encoder(torch.rand(shape))
-    assert f"shape {list(shape)}" in str(error.value)
-    assert "[batch, 3, 16, 24]" in str(error.value)
-
-
-@pytest.mark.parametrize("block", [Encoder, Decoder])
-@pytest.mark.parametrize(("resolution", "channels", "latent_size", "message"), BAD_SIZES)
-def test_a_block_that_cannot_be_built_is_refused(block, resolution, channels, latent_size, message):
-    with pytest.raises(ValueError, match=message):
-        block(resolution, channels, latent_size)
-
-
-# Decoder.
-
-
 @pytest.mark.parametrize(("resolution", "channels", "latent_size"), SIZES)
 def test_the_decoder_gives_an_image_in_0_to_1_for_each_latent(resolution, channels, latent_size):
     image = Decoder(resolution, channels, latent_size)(100 * torch.randn(2, latent_size))
@@ -69,13 +39,12 @@ def test_the_decoder_gives_an_image_in_0_to_1_for_each_latent(resolution, channe
     assert 0 <= image.min() <= image.max() <= 1
 
 
-@pytest.mark.parametrize("shape", [(10,), (2, 9), (2, 10, 1)])
-def test_the_decoder_refuses_another_shape_and_says_which_it_needs(shape):
-    decoder = Decoder((16, 16), 3, 10)
-    with pytest.raises(ValueError) as error:
-        decoder(torch.rand(shape))
-    assert f"shape {list(shape)}" in str(error.value)
-    assert "[batch, 10]" in str(error.value)
+@pytest.mark.parametrize("block", [Encoder, Decoder])
+@pytest.mark.parametrize(("height", "width"), BAD_RESOLUTIONS)
+def test_a_resolution_that_cannot_be_halved_three_times_is_refused(block, height, width):
+    message = f"image resolution is {height}x{width} .*positive multiples of 8"
+    with pytest.raises(ValueError, match=message):
+        block((height, width), 3, 10)
 
 
 # SampleLatent.
@@ -85,7 +54,8 @@ def test_samples_have_the_posteriors_mean_and_variance():
     n = 200_000
     mean = torch.tensor([0.0, -3.0, 5.0])
     log_var = torch.tensor([0.0, 2.0, -4.0])
-    z = SampleLatent(3)(mean.expand(n, 3), log_var.expand(n, 3), seeded())
+    with seeded(0):
+        z = SampleLatent(3)(mean.expand(n, 3), log_var.expand(n, 3))
     variance = log_var.exp()
     # Five standard errors.
     assert ((z.mean(dim=0) - mean).abs() < 5 * (variance / n).sqrt()).all()
@@ -93,7 +63,8 @@ def test_samples_have_the_posteriors_mean_and_variance():
 
 
 def test_samples_are_independent_between_images_and_dimensions():
-    z = SampleLatent(2)(torch.zeros(50_000, 2), torch.zeros(50_000, 2), seeded())
+    with seeded(0):
+        z = SampleLatent(2)(torch.zeros(50_000, 2), torch.zeros(50_000, 2))
     assert abs(torch.corrcoef(z.T)[0, 1]) < 0.025
     assert abs(torch.corrcoef(torch.stack((z[1:, 0], z[:-1, 0])))[0, 1]) < 0.025
 
@@ -101,15 +72,17 @@ def test_samples_are_independent_between_images_and_dimensions():
 def test_gradients_reach_mean_and_log_variance_through_the_sample():
     mean = torch.randn(4, 3, requires_grad=True)
     log_var = torch.randn(4, 3, requires_grad=True)
-    SampleLatent(3)(mean, log_var, seeded(1)).sum().backward()
-    epsilon = torch.randn(4, 3, generator=seeded(1))
+    with seeded(1):
+        SampleLatent(3)(mean, log_var).sum().backward()
+    with seeded(1):
+        epsilon = torch.randn(4, 3)
     torch.testing.assert_close(mean.grad, torch.ones(4, 3))
     torch.testing.assert_close(log_var.grad, 0.5 * epsilon * torch.exp(0.5 * log_var.detach()))
 
 
 def test_the_noise_is_drawn_in_the_inputs_precision():
     zeros = torch.zeros(100, 3, dtype=torch.float64)
-    z = SampleLatent(3)(zeros, zeros, seeded())
+    z = SampleLatent(3)(zeros, zeros)
     assert z.dtype == torch.float64
     assert (z.float().double() != z).all()
 
@@ -120,22 +93,9 @@ def test_the_noise_is_drawn_on_the_inputs_device():
     assert SampleLatent(3)(zeros, zeros).device.type == "meta"
 
 
-def test_the_noise_comes_from_the_generator_alone():
+def test_each_sample_draws_noise_of_its_own():
     zeros, sample = torch.zeros(5, 3), SampleLatent(3)
-    before = torch.get_rng_state()
-    z = sample(zeros, zeros, seeded(1))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(z, sample(zeros, zeros, seeded(1)))
-    assert not torch.equal(z, sample(zeros, zeros, seeded(2)))
-
-
-def test_without_a_generator_the_noise_comes_from_pytorchs_own():
-    zeros, sample = torch.zeros(5, 3), SampleLatent(3)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        z = sample(zeros, zeros)
-        assert not torch.equal(z, sample(zeros, zeros))
-    assert torch.equal(z, sample(zeros, zeros, seeded(1)))
+    assert not torch.equal(sample(zeros, zeros), sample(zeros, zeros))
 
 
 @pytest.mark.parametrize(
@@ -148,9 +108,10 @@ def test_other_shapes_than_batch_by_latent_are_refused(mean, log_var):
     assert "[batch, 3]" in str(error.value)
 
 
-def test_a_sampler_without_dimensions_is_refused():
-    with pytest.raises(ValueError, match="latent_size is 0: at least 1"):
-        SampleLatent(0)
+@pytest.mark.parametrize("latent_size", [0, -2])
+def test_a_sampler_without_dimensions_is_refused(latent_size):
+    with pytest.raises(ValueError, match=f"latent_size is {latent_size}: at least 1"):
+        SampleLatent(latent_size)
 
 
 # Batch normalisation.
@@ -158,7 +119,7 @@ def test_a_sampler_without_dimensions_is_refused():
 
 def randomise_norms(block: nn.Module) -> None:
     """Give every batch norm weights, some of them negative, that show an error of order."""
-    generator = seeded()
+    generator = torch.Generator().manual_seed(0)
     for norm in block.modules():
         if isinstance(norm, nn.BatchNorm2d):
             for values in (norm.weight.data, norm.bias.data, norm.running_mean):
@@ -169,7 +130,7 @@ def randomise_norms(block: nn.Module) -> None:
 def test_the_encoder_normalises_between_convolution_and_activation():
     encoder = Encoder((16, 16), 3, 4, batch_norm=True).eval()
     randomise_norms(encoder)
-    images = torch.rand(3, 3, 16, 16, generator=seeded())
+    images = torch.rand(3, 3, 16, 16)
     x = images
     for conv, norm in (
         (encoder.conv1, encoder.norm1),
@@ -183,7 +144,7 @@ def test_the_encoder_normalises_between_convolution_and_activation():
 def test_the_decoder_normalises_between_deconvolution_and_activation_but_not_its_last_layer():
     decoder = Decoder((16, 16), 3, 4, batch_norm=True).eval()
     randomise_norms(decoder)
-    z = torch.randn(3, 4, generator=seeded())
+    z = torch.randn(3, 4)
     x = decoder.fc(z).reshape(3, 64, 2, 2)
     x = functional.relu(decoder.norm1(decoder.deconv1(x)))
     x = functional.relu(decoder.norm2(decoder.deconv2(x)))

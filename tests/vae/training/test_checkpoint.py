@@ -1,10 +1,21 @@
+import os
 import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from vae.checkpoint import load_checkpoint, load_model, replace_atomically, save_checkpoint
+from vae.training.checkpoint import (
+    digest,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    replace_atomically,
+    save_checkpoint,
+)
 from vae.vae import VAE
 
 CONFIG = {
@@ -90,11 +101,31 @@ def test_others_may_read_the_new_file(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
 
 
+def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for content in (b"one", b"two"):
+        with replace_atomically(tmp_path / "link") as file:
+            file.write(content)
+        assert (tmp_path / "file").read_bytes() == content
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path, make):
+    make(tmp_path / "other")
+    refused = pytest.raises(OSError, match="other is not a file and is not replaced")
+    with refused, replace_atomically(tmp_path / "other"):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "other"]
+    assert not (tmp_path / "other").is_file()
+
+
 def test_what_cannot_be_saved_leaves_the_checkpoint_before_it(path):
     before = path.read_bytes()
     with pytest.raises((AttributeError, pickle.PicklingError)):
         save_checkpoint({"model": lambda: None, "config": {}}, path)
     assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
@@ -110,9 +141,35 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         load_checkpoint(tmp_path / "nowhere.pt")
 
 
-def test_a_folder_in_its_place_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read as a checkpoint"):
-        load_checkpoint(tmp_path)
+def make_a_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, make_a_loop])
+def test_what_is_no_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt (does not exist|.*it is not a file)"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may look into."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_an_error_of_its_own(path, open_folder):
+    unreadable = path.rename(open_folder / "checkpoint.pt")
+    unreadable.chmod(0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root may read everything
+    try:
+        with pytest.raises(PermissionError, match=r"checkpoint\.pt"):
+            load_checkpoint(unreadable)
+    finally:
+        os.seteuid(user)
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.1, 0.5, 0.9, 0.999])
@@ -123,22 +180,102 @@ def test_a_truncated_checkpoint_is_named(path, share):
         load_checkpoint(path)
 
 
-def test_a_checkpoint_damaged_anywhere_is_read_or_refused_and_never_crashes(path):
-    content = path.read_bytes()
-    # The last bytes hold the archive's directory, the first ones the pickle.
-    places = [*range(0, 2000, 13), *range(len(content) - 2000, len(content), 13)]
+def plain(checkpoint: dict) -> str:
+    """What is in a checkpoint, and of which type."""
+    model = [
+        (name, weight.dtype, weight.shape, weight.tolist())
+        for name, weight in checkpoint["model"].items()
+    ]
+    return repr([model, *(checkpoint.get(name) for name in ("config", "epoch", "seconds"))])
+
+
+def test_no_flipped_byte_anywhere_in_a_checkpoint_changes_what_is_read(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    model = {"weight": torch.tensor([[0.5, -2.0], [3.0, 1e-9]]), "count": torch.tensor([7])}
+    save_checkpoint({"model": model, "config": CONFIG, "epoch": 3, "seconds": 0.25}, path)
+    content, expected = path.read_bytes(), plain(load_checkpoint(path))
     refused = 0
-    for place in places:
+    for place in range(len(content)):
         damaged = bytearray(content)
-        damaged[place] ^= 0xFF
+        damaged[place] ^= 0xFF if place % 2 else 0x01
         path.write_bytes(damaged)
         try:
-            load_model(path)
-        except ValueError as error:
+            assert plain(load_checkpoint(path)) == expected, place
+        except (ValueError, OSError) as error:
             refused += 1
-            assert "checkpoint.pt" in str(error)
             assert "\n" not in str(error)
-    assert refused > 20
+    assert refused > len(content) / 4
+
+
+@pytest.mark.parametrize("name", ["encoder.fcm.weight", "decoder.deconv3.bias"])
+def test_a_flipped_bit_in_a_weight_is_noticed(path, name):
+    content = bytearray(path.read_bytes())
+    weight = load_checkpoint(path)["model"][name]
+    content[content.index(weight.numpy().tobytes()) + 5] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is not a checkpoint.*it is damaged"):
+        load_model(path)
+
+
+def test_a_digest_of_other_content_is_noticed(path):
+    checkpoint = load_checkpoint(path)
+    torch.save(checkpoint | {"epoch": 4, "digest": digest(checkpoint)}, path)
+    with pytest.raises(ValueError, match="its digest is of other content"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_of_the_older_form_without_a_digest_is_read(path):
+    checkpoint = load_checkpoint(path)
+    assert "digest" not in checkpoint
+    torch.save(checkpoint, path)
+    assert plain(load_checkpoint(path)) == plain(checkpoint)
+    assert not load_model(path)[0].training
+
+
+VALUES = (
+    *(0, 1, -1, True, 1.0, 0.0, -0.0, "1", "", b"", None, [[]], [1, 2], [2, 1], [12]),
+    *({"a": 1}, {"b": 1}, {"a": 2}, {"a": {"b": 1}}, ["a", 1], [["a"], 1], ["ab"], ["a", "b"]),
+    *(torch.zeros(2), torch.zeros(1, 2), torch.zeros(2).int(), torch.zeros(3), torch.ones(2)),
+)
+
+
+def test_different_contents_have_different_digests():
+    assert len({digest(value) for value in VALUES}) == len(VALUES)
+
+
+def test_the_digest_is_of_the_values_and_not_of_their_order_in_memory():
+    weight = torch.rand(2, 3, 4, 4)
+    assert digest(weight) == digest(weight.to(memory_format=torch.channels_last))
+
+
+def test_a_file_that_unpacks_to_more_than_its_size_is_refused_unread(path, tmp_path):
+    bomb = tmp_path / "bomb.pt"
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in archive.infolist():
+            packed.writestr(entry.filename, archive.read(entry))
+        packed.writestr("checkpoint/data/99", bytes(10**7))
+    assert bomb.stat().st_size < 10**6
+    with pytest.raises(ValueError, match=r"bomb\.pt is not a checkpoint.*more than its size"):
+        load_checkpoint(bomb)
+
+
+def test_a_tensor_that_is_larger_than_what_is_stored_of_it_is_refused(tmp_path):
+    many = torch.zeros(1).expand(10**12)
+    torch.save({"model": {"many": many}, "config": CONFIG}, tmp_path / "bomb.pt")
+    assert (tmp_path / "bomb.pt").stat().st_size < 10**4
+    with pytest.raises(ValueError, match=r"bomb\.pt is not a checkpoint.*larger than what is sto"):
+        load_checkpoint(tmp_path / "bomb.pt")
+
+
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path):
+    endless = {"model": {}, "config": {}}
+    endless["config"]["again"] = endless
+    torch.save(endless, tmp_path / "endless.pt")
+    with pytest.raises(ValueError, match=r"endless\.pt is not a checkpoint"):
+        load_checkpoint(tmp_path / "endless.pt")
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -153,7 +290,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 )
 def test_a_foreign_checkpoint_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match=r"foreign\.pt is not a checkpoint.*'model' and 'config'"):
+    with pytest.raises(ValueError, match=r"foreign\.pt is not a checkpoint of this model"):
         load_checkpoint(tmp_path / "foreign.pt")
 
 
@@ -213,8 +350,26 @@ def test_weights_that_are_not_finite_are_refused(path, value):
     model = VAE((8, 8), 2, 3)
     model.state_dict()["encoder.fcm.bias"][1] = value
     save_checkpoint(checkpoint_of(model), path)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt holds weights that are not finite"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt does not .*fcm\.bias is .* not finite"):
         load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("encoder.fcm.bias", torch.zeros(3)),
+        ("encoder.fcm.bias", torch.zeros(2, dtype=torch.float64)),
+        ("encoder.fcm.bias", [0.0, 0.0]),
+        ("encoder.fcm.bias", None),
+        ("encoder.conv1.weight", torch.zeros(16, 3, 1, 1)),
+    ],
+)
+def test_weights_of_another_shape_or_type_are_refused_and_none_is_taken(name, weight):
+    model = VAE((8, 8), 2, 3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^{name} is missing, of another shape or type"):
+        load_weights(model, VAE((8, 8), 2, 3).state_dict() | {name: weight})
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""What the tests of training share: small runs, signals in the middle, and two runs compared."""
+
+import json
+import os
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
+
+from datasets.pictures import Splits
+from vae.training.checkpoint import load_checkpoint
+from vae.training.options import Options
+from vae_training import train
+
+ROOT = Path(__file__).parents[1]
+LOSSES = ("KL Loss", "Reconstruction Loss", "Total Loss")
+# With 20 training pictures, an epoch has three steps, the last one on 4 pictures.
+SMALL = {"image_size": 8, "latent_size": 2, "batch_size": 8, "epochs": 3, "device": "cpu"}
+EVERYTHING = {
+    **{"batch_norm": True, "augment": True, "likelihood": "sigma"},
+    **{"beta_schedule": "linear", "warmup_epochs": 2, "lr_schedule": "cosine"},
+}
+
+# Functions that a run calls in each step, before its first epoch, and after its last one.
+STEP = "vae.losses.ELBOLoss.forward"
+BEGIN = "vae.training.run.save_checkpoint"
+REPORT = "vae.training.report.pca_squared_error"
+
+
+def train_small(folder: Path, splits: Splits, start: str = "new", **changes: Any) -> dict[str, Any]:
+    """Train on small splits and return the metrics."""
+    _, metrics = train(Options(**SMALL | changes), splits, folder, start, progress=False)
+    return metrics
+
+
+def seed_as(seed: int, epoch: int) -> None:
+    """Seed PyTorch as a run of that seed does before an epoch, and before its report."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, 1 + epoch)).generate_state(1)[0]))
+
+
+@contextmanager
+def interruption(*signals: int, at: str = STEP, call: int = 1) -> Iterator[None]:
+    """Send this process signals when a function is called, at that call, counted from 1."""
+    function, calls = pkgutil.resolve_name(at), 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        for number in signals if calls == call else ():
+            os.kill(os.getpid(), number)
+        return function(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(at, interrupted)
+        yield
+
+
+def read_events(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what TensorBoard shows of each sub-run: {sub-run: {tag: [(step, value), ...]}}."""
+    events = {}
+    for run in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
+        size = {SCALARS: 0, IMAGES: 0}
+        reader = EventAccumulator(str(run), size, purge_orphaned_data=False).Reload()
+        scalars = {
+            tag: [(event.step, event.value) for event in reader.Scalars(tag)]
+            for tag in reader.Tags()[SCALARS]
+        }
+        images = {
+            tag: [(event.step, event.encoded_image_string) for event in reader.Images(tag)]
+            for tag in reader.Tags()[IMAGES]
+        }
+        events[str(run.relative_to(folder))] = scalars | images
+    return events
+
+
+def read_losses(folder: Path) -> np.ndarray:
+    """Return the losses of each step in TensorBoard, [steps, 3], in the order of ``LOSSES``."""
+    events = read_events(folder)
+    return np.array([[value for _, value in events[f"loss_{name}"]["loss"]] for name in LOSSES]).T
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Weights, TensorBoard points, metrics and pictures are the same to the bit."""
+    weights, others = (load_checkpoint(run / "checkpoint.pt")["model"] for run in (folder, other))
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        assert torch.equal(value, others[name]), name
+    assert read_events(folder) == read_events(other)
+    metrics, others = (json.loads((run / "metrics.json").read_bytes()) for run in (folder, other))
+    changing = {"seconds": None, "config": None}
+    assert metrics | changing == others | changing
+    for name in ("reconstructions.png", "samples.png"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+def tiles(grid: np.ndarray, size: int = 8) -> np.ndarray:
+    """Cut a grid of pictures with frames of 2 pixels: [rows, columns, size, size, 3]."""
+    rows, columns = ((side - 2) // (size + 2) for side in grid.shape[:2])
+    grid = grid[2:, 2:].reshape(rows, size + 2, columns, size + 2, 3)
+    return grid.swapaxes(1, 2)[:, :, :size, :size]

@@ -1,0 +1,1 @@
+"""The machinery around the training loop: options, run folder, checkpoints and report."""

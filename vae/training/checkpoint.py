@@ -1,0 +1,163 @@
+"""A run's checkpoint: written whole or not at all, read without running code."""
+
+import hashlib
+import os
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from vae.training.command_line import first_line
+from vae.vae import VAE
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that takes the place of ``path`` once the block has ended well.
+
+    Whoever reads ``path`` meanwhile sees the old file or the new one, never half of one; after an
+    error the old one is still there. Of a link, the file that it points to is replaced.
+
+    Raises:
+        OSError: if the folder cannot be written to, the disk is full, or ``path`` is something
+            else than a file.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file and is not replaced by one")
+    descriptor, temporary = tempfile.mkstemp(".unfinished", f".{path.name}.", path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write tensors and plain values to ``path`` atomically, with a digest of them all.
+
+    Raises:
+        OSError: if it cannot be written; an earlier checkpoint is still there.
+    """
+    try:
+        with replace_atomically(path) as file:
+            torch.save(checkpoint | {"digest": digest(checkpoint)}, file)
+    except RuntimeError as error:
+        # What PyTorch's zip writer says when it closes a file that the disk had no room for.
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Only tensors and plain values are read (``weights_only=True``), so that a checkpoint from a
+    stranger cannot run code.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or not a checkpoint of this model.
+        OSError: if it may not be read.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: a checkpoint.pt of a run is needed")
+    try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch does not compress: what would unpack to more than the file is no checkpoint.
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more than its size")
+        with warnings.catch_warnings():
+            # What PyTorch makes of strange files is said below, in one line.
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Checkpoints of an older form have no digest.
+        if checkpoint.pop("digest", None) not in (None, digest(checkpoint)):
+            raise ValueError("its digest is of other content")
+        if not all(isinstance(checkpoint[part], dict) for part in ("model", "config")):
+            raise TypeError("its 'model' and 'config' are not dictionaries")
+    except OSError:
+        raise
+    except Exception as error:
+        # Whatever PyTorch's reader stumbles over in a foreign file: it has no exception of its own.
+        raise ValueError(
+            f"{path} is not a checkpoint of this model: it is damaged, or holds something other "
+            f"than tensors and plain values, which could run code ({first_line(error)})"
+        ) from None
+    return checkpoint
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[VAE, dict[str, Any]]:
+    """Rebuild the model that a checkpoint holds, ready for inference, with its config.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or not a checkpoint of this model.
+        OSError: if it may not be read.
+    """
+    checkpoint = load_checkpoint(path)
+    config = checkpoint["config"]
+    try:
+        model = VAE(
+            image_resolution=tuple(config["image_resolution"]),
+            latent_size=config["latent_size"],
+            image_channels=config["image_channels"],
+            batch_norm=config["batch_norm"],
+        )
+        load_weights(model, checkpoint["model"])
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold this model: {first_line(error)}") from None
+    return model.to(device).eval(), config
+
+
+def load_weights(model: VAE, weights: dict[str, Tensor]) -> None:
+    """Give ``model`` the weights of a checkpoint.
+
+    Raises:
+        ValueError: if one of them has another shape or type than the model's, or is not finite.
+    """
+    for name, own in model.state_dict().items():
+        if not same_kind(weights.get(name), own):
+            raise ValueError(f"{name} is missing, of another shape or type, or not finite")
+    model.load_state_dict(weights)
+
+
+def same_kind(value: Any, own: Tensor) -> bool:
+    """Return whether ``value`` is a finite tensor of the shape and type of ``own``."""
+    return (
+        isinstance(value, Tensor)
+        and (value.shape, value.dtype) == (own.shape, own.dtype)
+        and bool(value.isfinite().all())
+    )
+
+
+def digest(content: Any) -> str:
+    """Return the SHA-256 sum of tensors and plain values in dictionaries and lists."""
+    state = hashlib.sha256()
+
+    def update(value: Any) -> None:
+        if isinstance(value, Tensor):
+            if value.nbytes > value.untyped_storage().nbytes():
+                raise ValueError("a tensor in it is larger than what is stored of it")
+            state.update(f"{value.dtype} {list(value.shape)}".encode())
+            state.update(value.detach().cpu().contiguous().numpy())
+        elif isinstance(value, dict):
+            update([*value.items()])
+        elif isinstance(value, list | tuple):
+            state.update(f"{len(value)}".encode())
+            for each in value:
+                update(each)
+        else:
+            state.update(repr(value).encode())
+
+    update(content)
+    return state.hexdigest()

@@ -1,0 +1,125 @@
+"""What both scripts share: a command line whose every error is one line and an exit status."""
+
+import argparse
+import math
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).parents[2]
+RUNS = ROOT / "vae" / "runs"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes whole option names only, and whose errors are one line."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """Return an argparse type for a number from ``low`` to ``high``, both included."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} given, {low} to {high} needed")
+        return value
+
+    return parse
+
+
+def read_inference_line(description: str, arguments: Sequence[str] | None = None) -> Namespace:
+    """Read what ``vae_inference.py`` is to do: one sub-command for each way to look at a model.
+
+    Raises:
+        SystemExit: after ``--help``, or with one line and status 2 for what cannot be done.
+    """
+    parser = Parser(description=description)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    def add(name: str, help: str, images: int | str = 0, suffix: str = "png") -> Parser:
+        each = commands.add_parser(name, help=help, description=help)
+        each.set_defaults(images=[])
+        if images:
+            each.add_argument("images", nargs=images, type=Path, metavar="IMAGE", help="a picture")
+            text = "cut the middle out of a picture that is not square, do not squeeze it"
+            each.add_argument("--centre-crop", action="store_true", help=text)
+        each.add_argument("--checkpoint", type=Path, help="default: the newest in --log-dir")
+        option(each, "--log-dir", Path, RUNS, "folder of all runs")
+        option(each, "--output", Path, Path(f"{name}.{suffix}"), "file to write")
+        option(each, "--seed", number(int, 0, 2**32 - 1), 0, "of the noise")
+        option(each, "--device", str, "auto", "cpu, cuda, mps ...; auto: an accelerator if any")
+        return each
+
+    def option(each: Parser, name: str, kind: Callable, default: Any, help: str) -> None:
+        each.add_argument(name, type=kind, default=default, help=f"{help} (default: %(default)s)")
+
+    each = add("similar", "a picture, its reconstruction, and new flowers near it", "+")
+    option(each, "--count", number(int, 1, 1000), 8, "new flowers for each picture")
+    option(each, "--spread", number(float, 0, 1), 0.3, "0: the reconstruction; 1: any flower")
+    each = add("sample", "new flowers")
+    option(each, "--count", number(int, 1, 1000), 64, "new flowers")
+    add("reconstruct", "pictures beside their reconstructions", "+")
+    each = add("interpolate", "the way from one picture to another", 2)
+    option(each, "--steps", number(int, 2, 100), 8, "pictures on the way, both ends included")
+    each = add("traverse", "what each latent dimension does to a picture", 1)
+    option(each, "--steps", number(int, 2, 100), 7, "pictures for each dimension")
+    add("explore", "a web page with a slider for each latent dimension", suffix="html")
+    return parser.parse_args(arguments)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line and an exit status where something goes wrong inside.
+
+    2 for what the user has to change (``ValueError``), 1 for what broke on the way (a full disk,
+    too little memory, a loss that is not finite), 128 and its number for a signal. Whatever else
+    is raised is a mistake in the code and keeps its traceback.
+
+    Raises:
+        SystemExit: with that status.
+    """
+    hook, threading.excepthook = threading.excepthook, leave_to_main
+    try:
+        yield
+    except ValueError as error:
+        end(2, f"error: {first_line(error)}")
+    except (FloatingPointError, OSError) as error:
+        end(1, f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        end(1, f"error: too little memory ({first_line(error)}): take a smaller model or batch")
+    except KeyboardInterrupt as error:
+        end(getattr(error, "exit_status", 130), str(error) or "Stopped")
+    finally:
+        threading.excepthook = hook
+
+
+def leave_to_main(error: threading.ExceptHookArgs) -> None:
+    """Say nothing of a full disk in TensorBoard's thread: the main thread meets it as well."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
+
+
+def end(status: int, line: str) -> NoReturn:
+    """Print the last line of a program and exit."""
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's message without what PyTorch adds below its first line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
