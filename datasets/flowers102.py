@@ -2,8 +2,11 @@
 
 import shutil
 import socket
+import sys
 import tarfile
+from contextlib import nullcontext, redirect_stderr
 from http.client import HTTPException
+from io import StringIO
 from multiprocessing import TimeoutError as PoolTimeoutError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -39,22 +42,16 @@ def find_pictures(data_root: Path, split: str) -> tuple[list[Path], list[int]]:
     folder = data_root / "flowers-102"
     for name, md5 in (Flowers102._file_dict[part] for part in ("label", "setid")):
         if not check_integrity(folder / name, md5):
-            raise ValueError(
-                f"{folder / name} is damaged: its MD5 sum is not {md5}. "
-                "Delete it and run again to download it anew"
-            )
+            damage = f"is damaged: its MD5 sum is not {md5}"
+            raise ValueError(f"{folder / name} {damage}. Delete it and run again")
     try:
         dataset = Flowers102(data_root, split)
-        if not dataset._labels:
-            raise ValueError(f"no pictures in the {split} split")
-        if not set(dataset._labels) <= set(range(102)):
-            raise ValueError(f"labels outside of 1 to 102 in the {split} split")
+        if not dataset._labels or not set(dataset._labels) <= set(range(102)):
+            raise ValueError(f"the {split} split needs pictures, with labels from 1 to 102")
     # SciPy and torchvision raise almost anything where a file holds something else.
     except Exception as error:
-        raise ValueError(
-            f"the .mat files in {folder} do not fit each other ({type(error).__name__}: {error}). "
-            "Delete them and run again to download them anew"
-        ) from None
+        files, reason = f"the .mat files in {folder}", f"{type(error).__name__}: {error}"
+        raise ValueError(f"{files} do not fit ({reason}). Delete them and run again") from None
     return dataset._image_files, dataset._labels
 
 
@@ -70,8 +67,8 @@ def download(data_root: Path) -> None:
         ValueError: if what came is damaged, or something other than a file is in its place.
         OSError: if it cannot be written to ``data_root``.
     """
-    folder = data_root / "flowers-102"
-    url = Flowers102._download_url_prefix + Flowers102._file_dict["setid"][0]
+    folder, prefix = data_root / "flowers-102", Flowers102._download_url_prefix
+    url = prefix + Flowers102._file_dict["setid"][0]
     timeout_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # torchvision's download sets none.
     try:
@@ -79,40 +76,39 @@ def download(data_root: Path) -> None:
         with ThreadPool(1) as pool:
             pool.apply_async(urlopen, (url,)).get(TIMEOUT).close()
         folder.mkdir(parents=True, exist_ok=True)
+        bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
         with FileLock(folder / ".lock"):
             for part, (name, md5) in Flowers102._file_dict.items():
-                path, url = folder / name, Flowers102._download_url_prefix + name
+                path, url = folder / name, prefix + name
                 # Opening a FIFO would wait for somebody to read from it.
                 if path.exists() and not path.is_file():
                     raise ValueError(f"{path} is not a regular file: remove it and run again")
                 if part != "image" or not (folder / "jpg").is_dir():
-                    download_url(url, folder, md5=md5)
+                    with bars:
+                        download_url(url, folder, md5=md5)
             if not (folder / "jpg").is_dir():
                 _unpack(folder / Flowers102._file_dict["image"][0], folder)
     except (URLError, HTTPException, ConnectionError, TimeoutError, PoolTimeoutError) as error:
         reason = str(error) or f"no answer in {TIMEOUT:.0f} s"
         raise ConnectionError(f"{url}: {reason}") from None
     except RuntimeError:
-        raise ValueError(
-            f"{path}, downloaded from {url}, is incomplete or damaged: its MD5 sum is not {md5}. "
-            "Run again to download it anew"
-        ) from None
+        damage = f"is incomplete or damaged: its MD5 sum is not {md5}"
+        raise ValueError(f"{path}, downloaded from {url}, {damage}. Run again") from None
     finally:
         socket.setdefaulttimeout(timeout_before)
 
 
 def _unpack(archive: Path, folder: Path) -> None:
     """Unpack the pictures; ``jpg`` appears in ``folder`` once all of them are there."""
+    print(f"Unpacking {archive}", file=sys.stderr)
     unpacked = folder / ".unpacking"
-    shutil.rmtree(unpacked, ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
             # The "data" filter refuses paths that leave the folder.
             tar.extractall(unpacked, filter="data")
         (unpacked / "jpg").rename(folder / "jpg")
     except (tarfile.TarError, EOFError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{archive} cannot be unpacked: {error}. Delete it and run again"
-        ) from None
+        reason = f"cannot be unpacked: {error}"
+        raise ValueError(f"{archive} {reason}. Delete it and run again") from None
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import stat
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,8 +30,8 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
             memory, or so large (over 179 million pixels) that it may be a decompression bomb.
     """
     try:
-        # Opening a FIFO would wait for somebody to write to it.
-        if not stat.S_ISREG(path.stat().st_mode):
+        # Opening a FIFO would wait for somebody to write to it, and a device need not end.
+        if path.exists() and not path.is_file():
             raise ValueError("it is not a regular file")
         with Image.open(path) as image:
             yield image
@@ -84,8 +84,10 @@ def read_photograph(
 def picture_to_pixels(path: Path, image_resolution: tuple[int, int]) -> np.ndarray:
     """Decode and resize one picture as torchvision's ``Resize`` does: [height, width, 3] uint8.
 
-    ``ToTensor`` of it is bit for bit what the post's transformation pipeline gives. A file that
-    cannot be read is a ``ValueError`` (see ``open_picture``).
+    ``ToTensor`` of it is bit for bit what the post's transformation pipeline gives.
+
+    Raises:
+        ValueError: if it cannot be read (see ``open_picture``).
     """
     with open_picture(path) as image:
         return np.asarray(functional.resize(image.convert("RGB"), list(image_resolution)))
@@ -94,7 +96,7 @@ def picture_to_pixels(path: Path, image_resolution: tuple[int, int]) -> np.ndarr
 def decode_pictures(
     paths: Sequence[Path], image_resolution: tuple[int, int], caption: str | None = None
 ) -> np.ndarray:
-    """Do so with many pictures on all cores, under a progress bar: [n, height, width, 3] uint8."""
+    """Do so with many pictures, see ``map_in_parallel``: [n, height, width, 3] uint8."""
     decode = partial(picture_to_pixels, image_resolution=image_resolution)
     return np.stack(map_in_parallel(decode, paths, caption))
 
@@ -104,26 +106,26 @@ def map_in_parallel(
 ) -> list[Any]:
     """Return ``function`` of each item; it runs on all cores, and the first error stops the rest.
 
-    Threads are enough: Pillow and NumPy let go of the interpreter's lock while they work. The
-    progress bar counts in ``unit`` and shows on terminals only; without a ``caption`` there is none.
+    Threads are enough: Pillow and NumPy let go of the interpreter's lock while they work. A
+    ``caption`` goes to stderr, with a progress bar in ``unit`` below it on terminals.
     """
-    hidden = None if caption else True
-    bar = {"desc": caption, "unit": unit, "disable": hidden, "leave": False, "dynamic_ncols": True}
+    if caption:
+        print(caption, file=sys.stderr)
+    bar = {"unit": unit, "disable": None if caption else True, "leave": False}
     return thread_map(function, items, max_workers=os.cpu_count(), **bar)
 
 
 def fingerprint(paths: Sequence[Path], *parts: object) -> str:
     """Return what identifies decoded pictures: their files, and the code that decodes them.
 
-    A file stands in by its path, size and time of change; this module by its text, so that an
-    edit of the preprocessing is never answered from an old cache.
+    A file stands in by its path, size and time of change; Pillow by its version and this module by
+    its text, so that another way of decoding is never answered from an old cache.
     """
     state = hashlib.sha256(Path(__file__).read_bytes())
     state.update(repr((parts, PIL.__version__)).encode())
     for path in paths:
-        status = path.stat() if path.exists() else None
-        found = status and (status.st_size, status.st_mtime_ns)
-        state.update(repr((os.path.abspath(path), found)).encode())
+        status = path.stat() if path.exists() else os.stat_result([0] * 10)
+        state.update(repr((path.absolute(), status.st_size, status.st_mtime_ns)).encode())
     return state.hexdigest()
 
 
@@ -143,14 +145,16 @@ def compute_once(
     """
     path = (folder or CACHE_FOLDER) / f"{name}-{key[:12]}.npz"
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            # NumPy itself reads no more than a header asks for, and that can be damaged, too.
-            if kept.zip.testzip():
-                raise ValueError("a checksum is wrong")
-            if kept["key"] == key:
-                return torch.from_numpy(kept["pixels"])
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as kept:
+                # Written uncompressed, it holds no more than its size; a zip bomb holds anything.
+                if any(member.compress_type for member in kept.zip.infolist()):
+                    raise ValueError("it is compressed")
+                # NumPy reads no more than a header asks for, and checksums count at the end.
+                if kept.zip.testzip():
+                    raise ValueError("a checksum is wrong")
+                if kept["key"] == key:
+                    return torch.from_numpy(kept["pixels"])
     # A damaged file can make NumPy and its zip reader raise almost anything.
     except Exception as error:
         warnings.warn(f"{path} is damaged and made again ({type(error).__name__})", stacklevel=2)

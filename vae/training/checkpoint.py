@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from vae.training.command_line import first_line
 from vae.vae import VAE
+
+MARK = b"SHA-256:"
+"""Stands behind a checkpoint's content, and its digest behind that; zip readers skip both."""
 
 
 @contextmanager
@@ -45,17 +49,16 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write tensors and plain values to ``path`` atomically, with a digest of them all.
+    """Write tensors and plain values to ``path`` atomically, with a digest of it all at the end.
 
     Raises:
         OSError: if it cannot be written; an earlier checkpoint is still there.
     """
-    try:
-        with replace_atomically(path) as file:
-            torch.save(checkpoint | {"digest": digest(checkpoint)}, file)
-    except RuntimeError as error:
-        # What PyTorch's zip writer says when it closes a file that the disk had no room for.
-        raise OSError(f"{path} cannot be written: {first_line(error)}") from None
+    buffer = BytesIO()
+    torch.save(checkpoint, buffer)
+    content = buffer.getvalue()
+    with replace_atomically(path) as file:
+        file.write(content + MARK + hashlib.sha256(content).digest())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -73,17 +76,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise ValueError("it is not a file")
-        with zipfile.ZipFile(path) as archive:
+        content, mark, digest = path.read_bytes().rpartition(MARK)
+        # Checkpoints of an older form have no digest.
+        content = content if mark else digest
+        if mark and digest != hashlib.sha256(content).digest():
+            raise ValueError("its digest is of other content")
+        with zipfile.ZipFile(BytesIO(content)) as archive:
             # PyTorch does not compress: what would unpack to more than the file is no checkpoint.
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            if sum(entry.file_size for entry in archive.infolist()) > len(content):
                 raise ValueError("it unpacks to more than its size")
+            if archive.testzip():
+                raise ValueError("a checksum is wrong")
         with warnings.catch_warnings():
             # What PyTorch makes of strange files is said below, in one line.
             warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        # Checkpoints of an older form have no digest.
-        if checkpoint.pop("digest", None) not in (None, digest(checkpoint)):
-            raise ValueError("its digest is of other content")
+            checkpoint = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
         if not all(isinstance(checkpoint[part], dict) for part in ("model", "config")):
             raise TypeError("its 'model' and 'config' are not dictionaries")
     except OSError:
@@ -138,26 +145,3 @@ def same_kind(value: Any, own: Tensor) -> bool:
         and (value.shape, value.dtype) == (own.shape, own.dtype)
         and bool(value.isfinite().all())
     )
-
-
-def digest(content: Any) -> str:
-    """Return the SHA-256 sum of tensors and plain values in dictionaries and lists."""
-    state = hashlib.sha256()
-
-    def update(value: Any) -> None:
-        if isinstance(value, Tensor):
-            if value.nbytes > value.untyped_storage().nbytes():
-                raise ValueError("a tensor in it is larger than what is stored of it")
-            state.update(f"{value.dtype} {list(value.shape)}".encode())
-            state.update(value.detach().cpu().contiguous().numpy())
-        elif isinstance(value, dict):
-            update([*value.items()])
-        elif isinstance(value, list | tuple):
-            state.update(f"{len(value)}".encode())
-            for each in value:
-                update(each)
-        else:
-            state.update(repr(value).encode())
-
-    update(content)
-    return state.hexdigest()
