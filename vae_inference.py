@@ -1,6 +1,6 @@
 """See what a trained model has learnt: ``python vae_inference.py similar photograph.jpg``."""
 
-from vae.training.command_line import one_line_errors, read_inference_line
+from vae.training.command_line import RUNS, one_line_errors, read_inference_line
 
 if __name__ == "__main__":
     read_inference_line(__doc__)  # --help and mistakes are answered before PyTorch is loaded
@@ -13,74 +13,98 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.utils import make_grid
 
+from datasets.flowers102 import is_on_disk
+from datasets.pictures import load_splits
 from datasets.preprocessing import read_photograph
-from vae.latent import near, spherical_steps, variation_per_dimension
+from vae.latent import fit_latents, near, prior, spherical_steps, variation_per_dimension
 from vae.layers import Decoder
 from vae.training.checkpoint import load_model, replace_atomically
 from vae.training.run import find_device
 from vae.vae import VAE
 
 ROOT = Path(__file__).parent
+TRAINED = ROOT / "results" / "trained.pt"
+"""The model that comes with the repository."""
 SMALLEST_SIDE = 128
 """Pixels that each picture of a grid has at least on its shorter side."""
 
 
-def similar(model: VAE, options: argparse.Namespace) -> bytes:
+def similar(model: VAE, latents: MultivariateNormal, options: argparse.Namespace) -> bytes:
     """Draw one row for each picture: the picture, its reconstruction, new flowers near it."""
     images = []
     for x in photographs(model, options):
-        mean, log_var = model.encoder(x)
-        z = near(mean, log_var, options.count, options.spread)
+        mean, _ = model.encoder(x)
+        z = near(mean, latents, options.count, options.spread)
         images += [x, model.decoder(torch.cat((mean, z)))]
     captions = ["picture", "reconstruction", "new flowers"]
     return draw_grid(torch.cat(images), options.count + 2, captions)
 
 
-def sample(model: VAE, options: argparse.Namespace) -> bytes:
-    """Draw new flowers from the prior."""
-    return draw_grid(model.sample(options.count), math.ceil(math.sqrt(options.count)))
+def sample(model: VAE, latents: MultivariateNormal, options: argparse.Namespace) -> bytes:
+    """Draw new flowers from where the training pictures' latents are, or from the prior."""
+    source = latents if options.source == "data" else prior(model)
+    images = model.decoder(source.sample((options.count,)))
+    return draw_grid(images, math.ceil(math.sqrt(options.count)))
 
 
-def reconstruct(model: VAE, options: argparse.Namespace) -> bytes:
+def reconstruct(model: VAE, _: MultivariateNormal, options: argparse.Namespace) -> bytes:
     """Draw each picture beside its reconstruction."""
     x = torch.cat(photographs(model, options))
     pairs = torch.stack((x, model.reconstruct(x)), dim=1).flatten(0, 1)
     return draw_grid(pairs, 2, ["picture", "reconstruction"])
 
 
-def interpolate(model: VAE, options: argparse.Namespace) -> bytes:
-    """Draw the way from one picture to another, between the two pictures."""
+def interpolate(model: VAE, _: MultivariateNormal, options: argparse.Namespace) -> bytes:
+    """Draw the way from one picture's reconstruction to another's, between the two pictures."""
     start, end = photographs(model, options)
     z = spherical_steps(model.encoder(start)[0], model.encoder(end)[0], options.steps)
-    captions = ["from", *[""] * options.steps, "to"]
+    between = [""] * (options.steps - 2)
+    captions = ["from", "reconstruction", *between, "reconstruction", "to"]
     return draw_grid(torch.cat((start, model.decoder(z), end)), len(captions), captions)
 
 
-def traverse(model: VAE, options: argparse.Namespace) -> bytes:
+def traverse(model: VAE, _: MultivariateNormal, options: argparse.Namespace) -> bytes:
     """Draw one row for each latent dimension, which alone moves over the prior's -3 to 3."""
     (x,) = photographs(model, options)
+    mean, _ = model.encoder(x)
     shares, order = variation_per_dimension(model).sort(descending=True)
     values = torch.linspace(-3, 3, options.steps, device=x.device)
-    z = model.encoder(x)[0].repeat(model.latent_size, options.steps, 1)
+    # The first column is the picture's own reconstruction.
+    z = mean.repeat(model.latent_size, 1 + options.steps, 1)
     for row, dimension in enumerate(order):
-        z[row, :, dimension] = values
-    rows = [f"z{d} ({share:.0%})" for d, share in zip(order.tolist(), shares.tolist(), strict=True)]
-    captions = [f"{value:.3g}" for value in values.tolist()]
-    return draw_grid(model.decoder(z.flatten(0, 1)), options.steps, captions, rows)
+        z[row, 1:, dimension] = values
+    own = mean[0, order]
+    rows = [
+        f"z{dimension} ({share:.0%})\nis {value:.2f}"
+        for dimension, share, value in zip(
+            order.tolist(), shares.tolist(), own.tolist(), strict=True
+        )
+    ]
+    captions = ["reconstruction", *(f"{value:.3g}" for value in values.tolist())]
+    marks = 1.5 + (own.clamp(-3, 3) + 3) / 6 * (options.steps - 1)
+    return draw_grid(model.decoder(z.flatten(0, 1)), len(captions), captions, rows, marks.tolist())
 
 
-def explore(model: VAE, options: argparse.Namespace) -> bytes:
+def explore(model: VAE, latents: MultivariateNormal, options: argparse.Namespace) -> bytes:
     """Write a web page that needs nothing but itself: sliders that move the decoder's picture."""
+    pictures = photographs(model, options)
+    start = model.encoder(pictures[0])[0] if pictures else latents.sample((1,))
     exported = {
         "features": model.decoder.feature_shape,
         "variation": variation_per_dimension(model).tolist(),
+        "start": start[0].tolist(),
+        "centre": latents.mean.tolist(),
+        "scale": latents.scale_tril.tolist(),
         "layers": [
             {"weight": base64_float32(layer.weight), "bias": base64_float32(layer.bias)}
             for layer in layers_of(model.decoder)
@@ -90,7 +114,7 @@ def explore(model: VAE, options: argparse.Namespace) -> bytes:
     return template.replace("{{model}}", json.dumps(exported)).encode()
 
 
-def layers_of(decoder: Decoder) -> list[nn.Module]:
+def layers_of(decoder: Decoder) -> list[nn.Linear | nn.ConvTranspose2d]:
     """Return the decoder's linear layer and its transposed convolutions, batch norms folded in."""
     layers = [decoder.fc]
     for deconv, norm in ((decoder.deconv1, decoder.norm1), (decoder.deconv2, decoder.norm2)):
@@ -118,21 +142,26 @@ def photographs(model: VAE, options: argparse.Namespace) -> list[Tensor]:
 
 
 def draw_grid(
-    images: Tensor, columns: int, captions: Sequence[str] = (), rows: Sequence[str] = ()
+    images: Tensor,
+    columns: int,
+    captions: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    marks: Sequence[float] = (),
 ) -> bytes:
-    """Return a PNG file of images, magnified so that their pixels can be seen.
+    """Return a PNG file of images, enlarged smoothly: as blocks, few pixels hardly make a flower.
 
     Args:
         images: in [0, 1], [n, 3, height, width], row by row.
         columns: images in a row.
         captions: what to write above the first columns.
         rows: what to write to the left of the rows.
+        marks: where to mark the lower edge of each row, counted in columns.
     """
     factor = math.ceil(SMALLEST_SIDE / min(images.shape[-2:]))
-    pixels = images.mul(255).round().byte().cpu()
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    large = F.interpolate(images, scale_factor=factor, mode="bicubic").clamp(0, 1)
+    pixels = large.mul(255).round().byte().cpu()
     grid = make_grid(pixels, nrow=columns, padding=4, pad_value=255)
-    left, top = 80 if rows else 0, 20 if captions else 0
+    left, top = 90 if rows else 0, 20 if captions else 0
     canvas = Image.new("RGB", (left + grid.shape[2], top + grid.shape[1]), "white")
     canvas.paste(Image.fromarray(grid.movedim(0, -1).numpy()), (left, top))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
@@ -141,24 +170,41 @@ def draw_grid(
         draw.text((left + (column + 0.5) * width, 2), caption, "black", font, anchor="ma")
     for row, caption in enumerate(rows):
         draw.text((4, top + (row + 0.5) * height), caption, "black", font, anchor="lm")
+    for row, mark in enumerate(marks):
+        x, y = left + mark * width + 2, top + (row + 1) * height
+        draw.polygon([(x, y - 12), (x - 8, y + 3), (x + 8, y + 3)], "#c2407e", "white")
     file = io.BytesIO()
     canvas.save(file, "PNG")
     return file.getvalue()
 
 
-def newest_checkpoint(log_dir: Path) -> Path:
-    """Return the checkpoint that was written last of those in ``log_dir``.
+def find_checkpoint(log_dir: Path) -> Path:
+    """Return the checkpoint that was written last in ``log_dir``, else the repository's own.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none in a folder that is not the usual one.
     """
     found = list(log_dir.glob("*/checkpoint.pt"))
-    if not found:
+    if not found and log_dir != RUNS:
         raise ValueError(
             f"{log_dir} holds no run with a checkpoint.pt: train a model with vae_training.py, or "
             "name a checkpoint with --checkpoint"
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return max(found, key=lambda path: path.stat().st_mtime, default=TRAINED)
+
+
+def refit_latents(model: VAE, config: dict[str, Any]) -> MultivariateNormal:
+    """Fit the latents of a run that has not ended, where its pictures are at hand."""
+    dataset, data_root = config.get("dataset"), Path(config.get("data_root", ""))
+    if dataset == "synthetic" or (dataset == "flowers102" and is_on_disk(data_root)):
+        train = load_splits(dataset, data_root, model.image_resolution).train
+        return fit_latents(model, train.to(model.decoder.fc.weight.device).batches())
+    print(
+        "warning: the checkpoint has no fitted latents (its run has not ended) and its pictures "
+        "are not at hand: the prior stands in for them",
+        file=sys.stderr,
+    )
+    return prior(model)
 
 
 COMMANDS = {
@@ -170,19 +216,20 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says and write one file."""
     options = read_inference_line(__doc__, arguments)
-    checkpoint = options.checkpoint or newest_checkpoint(options.log_dir)
+    checkpoint = options.checkpoint or find_checkpoint(options.log_dir)
     if options.output.resolve() in [each.resolve() for each in (checkpoint, *options.images)]:
         raise ValueError(f"{options.output} would be replaced: name another file with --output")
-    model, config = load_model(checkpoint, find_device(options.device))
+    model, config, latents = load_model(checkpoint, find_device(options.device))
     if config["image_channels"] != 3:
         raise ValueError(f"{checkpoint} is of a model whose images are not RGB: choose another")
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        content = COMMANDS[options.command](model, options)
+        latents = latents or refit_latents(model, config)
+        content = COMMANDS[options.command](model, latents, options)
     with replace_atomically(options.output) as file:
         file.write(content)
     if not options.checkpoint:
-        print(f"from the newest run: {checkpoint}", file=sys.stderr)
+        print(f"drawn by the model in {checkpoint}", file=sys.stderr)
     print(options.output)
 
 

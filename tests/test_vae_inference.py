@@ -217,7 +217,7 @@ def test_spherical_steps_between_vectors_on_one_line_are_finite(factor):
 
 
 def test_a_dimension_that_the_decoder_ignores_has_no_share_of_the_variation(checkpoint):
-    model, _ = load_model(checkpoint)
+    model, *_ = load_model(checkpoint)
     model.decoder.fc.weight.data[:, 2] = 0
     model.decoder.fc.weight.data[:, 1] *= 5
     with seeded(), torch.no_grad():
@@ -258,7 +258,7 @@ def test_similar_shows_picture_reconstruction_and_new_flowers(folder, checkpoint
     options = ["--count", "3", "--checkpoint", str(checkpoint)]
     main(["similar", "a.png", "b.jpg", *options])
     assert Image.open("similar.png").size == (5 * (CELL + GAP) + GAP, 2 * (CELL + GAP) + GAP + 20)
-    model, _ = load_model(checkpoint)
+    model, *_ = load_model(checkpoint)
     for row, name in enumerate(("a.png", "b.jpg")):
         x = read_photograph(Path(name), (16, 16))
         assert np.array_equal(cell("similar.png", row, 0), to_pixels(x[0]))
@@ -283,7 +283,7 @@ def test_sample_draws_as_many_flowers_as_asked_for(folder, checkpoint):
 
 def test_reconstruct_shows_pairs(folder, checkpoint):
     main(["reconstruct", "a.png", "b.jpg", "--checkpoint", str(checkpoint)])
-    model, _ = load_model(checkpoint)
+    model, *_ = load_model(checkpoint)
     for row, name in enumerate(("a.png", "b.jpg")):
         x = read_photograph(Path(name), (16, 16))
         assert np.array_equal(cell("reconstruct.png", row, 0), to_pixels(x[0]))
@@ -304,7 +304,7 @@ def test_interpolate_begins_and_ends_with_the_two_reconstructions(folder, checkp
 
 def test_traverse_moves_one_dimension_in_each_row_the_most_informative_first(folder, checkpoint):
     main(["traverse", "a.png", "--steps", "3", "--checkpoint", str(checkpoint)])
-    model, _ = load_model(checkpoint)
+    model, *_ = load_model(checkpoint)
     with seeded(), torch.no_grad():
         order = variation_per_dimension(model).argsort(descending=True).tolist()
         mean, _ = model.encoder(read_photograph(Path("a.png"), (16, 16)))

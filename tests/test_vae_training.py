@@ -165,7 +165,7 @@ def test_another_seed_gives_another_run(run, splits, tmp_path):
 
 def test_the_trained_model_and_its_metrics_are_returned(splits, tmp_path):
     model, metrics = train(Options(**SMALL), splits, tmp_path, progress=False)
-    saved, _ = load_model(tmp_path / "checkpoint.pt")
+    saved, *_ = load_model(tmp_path / "checkpoint.pt")
     images = splits.test[:][0]
     assert not model.training
     assert torch.allclose(model.reconstruct(images), saved.reconstruct(images), atol=1e-6)
@@ -253,7 +253,7 @@ def test_every_option_of_a_command_reaches_the_run(command, tmp_path):
         for name, value in values.items()
     ]
     main([*command, *flags])
-    _, config = load_model(tmp_path / "runs" / "run" / "checkpoint.pt")
+    _, config, _ = load_model(tmp_path / "runs" / "run" / "checkpoint.pt")
     assert config.items() >= (SMALL | values | {"epochs": 2, "dataset": "flowers102"}).items()
 
 

@@ -1,31 +1,56 @@
-"""Ways through the latent space: near a picture, between two, along each dimension."""
+"""Where a model's latents are, and ways through them: near a picture, between two, along one."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from vae.vae import VAE
 
 
-def near(mean: Tensor, log_var: Tensor, count: int, spread: float) -> Tensor:
-    """Draw latent vectors around one picture, [count, latent].
+def prior(model: VAE) -> MultivariateNormal:
+    """Return p(z) = N(0, I), on the model's device."""
+    zero = torch.zeros_like(model.encoder.fcm.bias.detach())
+    return MultivariateNormal(zero, torch.diag_embed(zero + 1))
 
-    z = kept * (mean + spread * posterior std * e1) + spread * prior std * e2 with e1 and e2 from
-    N(0, I) and kept = sqrt(1 - spread**2). The posterior's standard deviation alone is so small
-    that all flowers look the same, so most of the distance is in the prior's, which is 1; as much
-    variance as it adds, ``kept`` takes away, so that z stays where the decoder was trained.
+
+@torch.no_grad()
+def fit_latents(model: VAE, images: Iterable[Tensor]) -> MultivariateNormal:
+    """Fit one Gaussian to the latents of all images together, from which to draw new ones.
+
+    Its mean and covariance are those of the aggregate posterior, the mixture of all q(z | x). With
+    a small beta that is not the prior: pictures decoded from where the prior is and no image ever
+    was look like none. Fitting a density afterwards cures it (Ghosh et al. 2020, "ex-post density
+    estimation", section 4).
+
+    Args:
+        model: the model, in ``eval()`` mode.
+        images: in [0, 1], each batch [batch, channels, height, width].
+    """
+    means, log_vars = map(torch.cat, zip(*(model.encoder(x) for x in images), strict=True))
+    # The last term keeps the covariance invertible where a posterior has no width.
+    variances = log_vars.exp().mean(dim=0) + 1e-6
+    covariance = means.T.cov(correction=0).view(2 * variances.shape) + variances.diag()
+    return MultivariateNormal(means.mean(dim=0), covariance)
+
+
+def near(mean: Tensor, latents: MultivariateNormal, count: int, spread: float) -> Tensor:
+    """Draw latent vectors around one picture, inside a distribution, [count, latent].
+
+    z = centre + sqrt(1 - spread**2) * (mean - centre) + spread * (draw - centre). What one term
+    takes away in variance the other adds, so z stays where the decoder was trained. The posterior
+    alone is so narrow that all its flowers look the same.
 
     Args:
         mean: the posterior's mean for the picture, [1, latent].
-        log_var: the logarithm of its variance, [1, latent].
+        latents: the distribution of all latents.
         count: how many.
-        spread: 0 (each one is the picture's own mean) to 1 (drawn from the prior, nothing of the
-            picture left).
+        spread: 0 (each one is the picture's own mean) to 1 (any draw, nothing of the picture).
     """
-    kept = math.sqrt(1 - spread**2)
-    std = spread * torch.sqrt(1 + kept**2 * log_var.exp())
-    return kept * mean + std * torch.randn_like(mean.repeat(count, 1))
+    centre, draws = latents.mean, latents.sample((count,))
+    return centre + math.sqrt(1 - spread**2) * (mean - centre) + spread * (draws - centre)
 
 
 def spherical_steps(start: Tensor, end: Tensor, steps: int) -> Tensor:

@@ -1,5 +1,8 @@
+import os
 import shutil
+import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -7,9 +10,10 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 from torchvision.datasets import Flowers102
+from torchvision.datasets.utils import calculate_md5
 
 from datasets import flowers102
-from datasets.flowers102 import ServerUnreachableError, download, find_pictures, is_on_disk
+from datasets.flowers102 import download, find_pictures, is_on_disk
 
 ARCHIVE = "102flowers.tgz"
 FILES = (ARCHIVE, "imagelabels.mat", "setid.mat")
@@ -23,16 +27,10 @@ def _short_time_out(monkeypatch) -> None:
 def accept(monkeypatch, path: Path) -> None:
     """Have torchvision take ``path`` for the right file of its name."""
     files = {
-        part: (name, flowers102_md5(path) if name == path.name else md5)
+        part: (name, calculate_md5(path) if name == path.name else md5)
         for part, (name, md5) in Flowers102._file_dict.items()
     }
     monkeypatch.setattr(Flowers102, "_file_dict", files)
-
-
-def flowers102_md5(path: Path) -> str:
-    from torchvision.datasets.utils import calculate_md5
-
-    return calculate_md5(path)
 
 
 def names_in(folder: Path) -> set[str]:
@@ -68,28 +66,43 @@ def test_paths_and_labels_are_torchvisions(data_root, split):
 
 
 @pytest.mark.parametrize("name", ["imagelabels.mat", "setid.mat"])
-def test_a_damaged_mat_file_is_named(data_root, name):
+def test_a_damaged_mat_file_is_refused_and_its_folder_named(data_root, name):
     path = data_root / "flowers-102" / name
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path} is damaged: its MD5 sum.*Delete it"):
+    with pytest.raises(
+        ValueError, match=rf"\.mat files in {path.parent} are damaged .*delete them"
+    ):
         find_pictures(data_root, "train")
 
 
 @pytest.mark.parametrize(
-    ("name", "key"),
+    ("name", "content", "reason"),
     [
-        pytest.param("imagelabels.mat", "labels", id="too-few-labels"),
-        pytest.param("setid.mat", "something", id="no-splits"),
+        pytest.param("imagelabels.mat", {"labels": np.arange(1, 6)}, "", id="too-few-labels"),
+        pytest.param("setid.mat", {"something": np.arange(1, 6)}, "valid", id="no-splits"),
+        pytest.param("setid.mat", {"valid": []}, "the val split needs pictures", id="no-pictures"),
+        pytest.param(
+            "imagelabels.mat",
+            {"labels": np.arange(60) + 44},
+            "labels from 1 to 102",
+            id="label-103",
+        ),
+        pytest.param("imagelabels.mat", {"labels": np.zeros(60)}, "1 to 102", id="label-0"),
     ],
 )
-def test_mat_files_that_do_not_fit_each_other_are_an_error(data_root, monkeypatch, name, key):
+def test_mat_files_of_other_content_are_an_error(data_root, monkeypatch, name, content, reason):
     folder = data_root / "flowers-102"
-    savemat(folder / name, {key: np.arange(1, 6)})
+    savemat(folder / name, content)
     accept(monkeypatch, folder / name)
-    with pytest.raises(ValueError, match=rf"\.mat files in {folder} do not fit each other"):
-        find_pictures(data_root, "test")
+    # All pictures are in validation, so that each label counts.
+    if name == "imagelabels.mat":
+        savemat(folder / "setid.mat", {"valid": np.arange(1, 61)})
+        accept(monkeypatch, folder / "setid.mat")
+    with pytest.raises(ValueError, match=rf"\.mat files in {folder} are damaged \(.*{reason}") as e:
+        find_pictures(data_root, "val")
+    assert "\n" not in str(e.value)
 
 
 # Downloaded.
@@ -99,7 +112,7 @@ def test_a_download_leaves_the_flowers_unpacked(server, tmp_path):
     download(tmp_path / "data")
     folder = tmp_path / "data" / "flowers-102"
     assert is_on_disk(tmp_path / "data")
-    assert names_in(folder) == {*FILES, "jpg"}
+    assert names_in(folder) - {".lock"} == {*FILES, "jpg"}
     paths = [
         path
         for split in ("train", "val", "test")
@@ -108,9 +121,49 @@ def test_a_download_leaves_the_flowers_unpacked(server, tmp_path):
     assert sorted(paths) == sorted((folder / "jpg").iterdir())
 
 
-def test_a_download_shows_its_progress(server, tmp_path, capsys):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_download_says_what_it_does_and_shows_bars_on_terminals(
+    server, tmp_path, capsys, monkeypatch, terminal
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     download(tmp_path)
-    assert "100%" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert ("100%" in errors) == terminal
+    assert f"Unpacking {tmp_path / 'flowers-102' / ARCHIVE}\n" in errors
+
+
+def test_an_archive_is_not_downloaded_where_it_is_unpacked_already(server, data_root):
+    (data_root / "flowers-102" / "setid.mat").unlink()
+    download(data_root)
+    assert is_on_disk(data_root)
+    assert set(server.asked_for) == {"setid.mat"}
+
+
+def test_two_first_downloads_at_once_download_once(server, tmp_path):
+    threads = [threading.Thread(target=download, args=(tmp_path,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [server.asked_for.count(name) for name in FILES] == [1, 1, 3 + 1]
+    assert len(find_pictures(tmp_path, "test")[0]) == 34
+
+
+@pytest.mark.parametrize("name", ["imagelabels.mat", ARCHIVE])
+def test_a_fifo_in_the_place_of_a_file_is_replaced(server, tmp_path, name):
+    (tmp_path / "flowers-102").mkdir()
+    os.mkfifo(tmp_path / "flowers-102" / name)
+    download(tmp_path)
+    assert is_on_disk(tmp_path)
+    assert (tmp_path / "flowers-102" / name).is_file()
+
+
+def test_what_a_killed_run_left_is_removed(server, tmp_path):
+    left = tmp_path / "flowers-102" / ".unpacking" / "jpg"
+    left.mkdir(parents=True)
+    (left.parents[1] / "setid.part").write_text("half")
+    download(tmp_path)
+    assert names_in(tmp_path / "flowers-102") - {".lock"} == {*FILES, "jpg"}
 
 
 def test_files_that_are_there_already_are_not_downloaded_again(server, flowers, tmp_path):
@@ -126,7 +179,7 @@ def test_files_that_are_there_already_are_not_downloaded_again(server, flowers, 
 @pytest.mark.parametrize("fault", ["cut_off", "garble"])
 def test_a_file_that_arrives_damaged_is_named(server, tmp_path, name, fault):
     server.faults[name] = getattr(server, fault)
-    with pytest.raises(ValueError, match=rf"{name}, downloaded from .*MD5 sum.*Run again"):
+    with pytest.raises(ValueError, match=rf"{server.url}{name} came .*MD5 sum.*Run again"):
         download(tmp_path)
     assert not is_on_disk(tmp_path)
 
@@ -144,7 +197,7 @@ def test_after_a_damaged_download_the_next_one_succeeds(server, tmp_path, fault)
 @pytest.mark.parametrize("name", FILES)
 def test_a_server_that_answers_500_counts_as_unreachable(server, tmp_path, name):
     server.faults[name] = server.fail
-    with pytest.raises(ServerUnreachableError, match=f"{server.url}{name}: .*500"):
+    with pytest.raises(ConnectionError, match=f"{server.url}{name}: .*500"):
         download(tmp_path)
 
 
@@ -152,7 +205,7 @@ def test_a_server_that_answers_500_counts_as_unreachable(server, tmp_path, name)
 def test_a_server_that_accepts_and_says_nothing_is_given_up_in_time(server, tmp_path, name):
     server.faults[name] = server.say_nothing
     start = time.monotonic()
-    with pytest.raises(ServerUnreachableError, match=f"{server.url}{name}"):
+    with pytest.raises(ConnectionError, match=f"{server.url}{name}"):
         download(tmp_path)
     assert time.monotonic() - start < 4
 
@@ -167,7 +220,7 @@ def test_a_server_that_stops_in_the_middle_is_given_up_in_time(server, tmp_path)
 
     server.faults[ARCHIVE] = stall
     start = time.monotonic()
-    with pytest.raises(ServerUnreachableError, match=f"{server.url}{ARCHIVE}"):
+    with pytest.raises(ConnectionError, match=f"{server.url}{ARCHIVE}"):
         download(tmp_path)
     assert time.monotonic() - start < 4
 
@@ -176,12 +229,12 @@ def test_a_server_that_stops_in_the_middle_is_given_up_in_time(server, tmp_path)
 @pytest.mark.parametrize("name", FILES)
 def test_a_server_that_speaks_no_http_counts_as_unreachable(server, tmp_path, name):
     server.faults[name] = server.speak_another_language
-    with pytest.raises(ServerUnreachableError, match=f"{server.url}{name}"):
+    with pytest.raises(ConnectionError, match=f"{server.url}{name}"):
         download(tmp_path)
 
 
 def test_a_refused_connection_counts_as_unreachable(no_server, tmp_path):
-    with pytest.raises(ServerUnreachableError, match=f"{no_server}.*refused"):
+    with pytest.raises(ConnectionError, match=f"{no_server}.*refused"):
         download(tmp_path)
     assert names_in(tmp_path) == set()
 
@@ -190,7 +243,7 @@ def test_a_name_that_does_not_resolve_counts_as_unreachable(flowers, tmp_path, m
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(Flowers102, "_download_url_prefix", "http://flowers.invalid/")
     start = time.monotonic()
-    with pytest.raises(ServerUnreachableError, match=r"http://flowers\.invalid/setid\.mat"):
+    with pytest.raises(ConnectionError, match=r"http://flowers\.invalid/setid\.mat"):
         download(tmp_path)
     assert time.monotonic() - start < 4
     assert names_in(tmp_path) == set()
@@ -247,11 +300,11 @@ def link_to(name: str, target: str) -> tarfile.TarInfo:
 )
 def test_an_archive_that_leaves_its_folder_is_refused(offer, tmp_path, member):
     offer(member=member)
-    with pytest.raises(ValueError, match=rf"{ARCHIVE} cannot be unpacked: .*Delete it"):
+    with pytest.raises(ValueError, match=rf"{ARCHIVE} cannot be unpacked \(.*delete it"):
         download(tmp_path / "data")
     assert names_in(tmp_path) == {"data", "offered"}
     assert names_in(tmp_path / "data") == {"flowers-102"}
-    assert names_in(tmp_path / "data" / "flowers-102") == set(FILES)
+    assert names_in(tmp_path / "data" / "flowers-102") - {".lock"} == set(FILES)
 
 
 def test_an_archive_without_pictures_is_refused(offer, tmp_path):

@@ -1,13 +1,22 @@
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
+import psutil
 import pytest
 import torch
+from PIL import Image
+from scipy.io import savemat
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.datasets import Flowers102
+from torchvision.datasets.utils import calculate_md5
 from torchvision.transforms import Compose, Resize, ToTensor
 from torchvision.transforms.functional import to_tensor
 
-from datasets import flowers102
-from datasets.pictures import Pictures, ShuffledBatches, augment, load_splits, shuffled_loader
+from datasets import flowers102, pictures, preprocessing
+from datasets.pictures import COLOUR, Pictures, augment, load_splits, whole_batch
 from datasets.synthetic import draw_flowers, flower_labels
 
 
@@ -81,95 +90,126 @@ def test_pixels_and_labels_that_do_not_fit_are_refused(pixels, labels):
 # Batches.
 
 
-@pytest.mark.parametrize(("count", "size"), [(20, 8), (16, 8), (5, 64), (7, 1)])
-def test_an_epoch_has_every_index_once(count, size):
-    batches = ShuffledBatches(numbered(count), size, seeded())
-    indices = list(batches)
-    assert len(indices) == len(batches)
-    assert [len(batch) for batch in indices[:-1]] == [size] * (len(batches) - 1)
-    assert sorted(torch.cat(indices).tolist()) == list(range(count))
-
-
-def test_epochs_differ_and_a_seed_repeats_them():
-    def epochs(seed: int) -> list[list[int]]:
-        batches = ShuffledBatches(numbered(50), 8, seeded(seed))
-        return [torch.cat(list(batches)).tolist() for _ in range(3)]
-
-    first, second, third = epochs(1)
-    assert list(range(50)) != first != second != third != first
-    assert epochs(1) == [first, second, third]
-    assert epochs(2)[0] != first
-
-
 @pytest.mark.parametrize(("batch_size", "sizes"), [(64, [64, 64, 22]), (5, [5] * 30)])
-def test_the_loader_gives_whole_batches_of_images_and_their_labels(batch_size, sizes):
+def test_a_loader_gives_whole_batches_of_images_and_their_labels(batch_size, sizes):
     pictures = numbered(150)
-    loader = shuffled_loader(pictures, batch_size, seeded())
+    loader = DataLoader(pictures, batch_size, shuffle=True, collate_fn=whole_batch)
     assert len(loader) == len(sizes)
     seen = []
     for (images, labels), size in zip(loader, sizes, strict=True):
         assert images.shape == (size, 3, 8, 8)
+        assert images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(images, pictures[labels][0])
         seen += labels.tolist()
-    assert sorted(seen) == list(range(150))
-
-
-def test_the_loader_takes_its_order_from_its_generator_alone():
-    def order(generator: torch.Generator) -> list[int]:
-        return [
-            index for _, labels in shuffled_loader(numbered(30), 8, generator) for index in labels
-        ]
-
-    before = torch.get_rng_state()
-    assert order(seeded(1)) == order(seeded(1)) != order(seeded(2))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert sorted(seen) == list(range(150)) != seen
 
 
 # augment().
 
 
-def mirrored_and_shifted(image: Tensor, mirror: bool, down: int, right: int) -> Tensor:
-    """One image as NumPy moves it, its edges repeated."""
-    margin = max(abs(down), abs(right))
-    image = image.numpy()[:, :, ::-1] if mirror else image.numpy()
-    padded = np.pad(image, ((0, 0), (margin, margin), (margin, margin)), mode="edge")
-    _, height, width = image.shape
-    rows, columns = margin - down, margin - right
-    return torch.from_numpy(padded[:, rows : rows + height, columns : columns + width].copy())
+def matrices(images: Tensor) -> Tensor:
+    """Return where in the old image each place of the new one lies, as ``augment`` asks PyTorch."""
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        affine_grid = torch.nn.functional.affine_grid
+
+        def spy(theta: Tensor, *arguments: object, **options: object) -> Tensor:
+            asked.append(theta)
+            return affine_grid(theta, *arguments, **options)
+
+        patch.setattr(torch.nn.functional, "affine_grid", spy)
+        augment(images)
+    return asked[0]
 
 
-def test_each_image_is_mirrored_or_not_and_shifted_with_its_edges_repeated():
-    image = torch.rand(3, 6, 7, generator=seeded())
-    moves = [(m, d, r) for m in (False, True) for d in (-1, 0, 1) for r in (-1, 0, 1)]
-    moved = torch.stack([mirrored_and_shifted(image, *move) for move in moves])
-    augmented = augment(image.expand(1800, 3, 6, 7), 1, seeded(1))
-    same = (augmented[:, None] == moved).all(dim=(2, 3, 4))
-    assert (same.sum(dim=1) == 1).all()
-    # Each of the 18 moves about 100 times in 1,800: five standard deviations are 49.
-    counts = same.sum(dim=0)
-    assert counts.min() > 50
-    assert counts.max() < 150
+def test_shifts_rotations_zooms_and_mirrors_have_the_documented_ranges():
+    torch.manual_seed(0)
+    (a, b, right), (c, d, down) = matrices(torch.rand(20_000, 3, 2, 2)).permute(1, 2, 0)
+    for shift in (right, down):  # in halves of the picture
+        assert shift.max() == pytest.approx(0.18, abs=1e-3)
+        assert shift.min() == pytest.approx(-0.18, abs=1e-3)
+        assert shift.mean() == pytest.approx(0, abs=4e-3)
+    zoom = 1 / torch.sqrt((a * d - b * c).abs())
+    assert zoom.max() == pytest.approx(1.25, abs=1e-3)
+    assert zoom.min() == pytest.approx(0.8, abs=1e-3)
+    assert zoom.log().mean() == pytest.approx(0, abs=4e-3)
+    angle = torch.rad2deg(torch.atan2(-b, d))
+    assert angle.max() == pytest.approx(25, abs=0.1)
+    assert angle.min() == pytest.approx(-25, abs=0.1)
+    mirrored = a * d - b * c < 0
+    assert mirrored.float().mean() == pytest.approx(0.5, abs=0.02)
+    # Each is drawn on its own.
+    draws = torch.stack([right, down, zoom.log(), angle, mirrored.float()])
+    assert (torch.corrcoef(draws) - torch.eye(5)).abs().max() < 0.03
 
 
-def test_a_shift_of_0_only_mirrors():
-    images = torch.rand(40, 3, 4, 6, generator=seeded())
-    augmented = augment(images, 0, seeded(1))
-    mirrored = torch.tensor([not torch.equal(a, b) for a, b in zip(images, augmented, strict=True)])
-    assert torch.equal(augmented[mirrored], images[mirrored].flip(-1))
-    assert 5 < mirrored.sum() < 35
+def test_colours_change_by_up_to_their_documented_share_each_channel_on_its_own():
+    torch.manual_seed(0)
+    tints = augment(torch.full((20_000, 3, 2, 2), 0.5))[:, :, 0, 0].T / 0.5
+    assert tints.max() == pytest.approx(1.3, abs=1e-3)
+    assert tints.min() == pytest.approx(0.7, abs=1e-3)
+    assert tints.mean() == pytest.approx(1, abs=4e-3)
+    assert (torch.corrcoef(tints) - torch.eye(3)).abs().max() < 0.03
 
 
-def test_augmented_images_keep_shape_precision_and_memory_format():
-    images = torch.rand(2, 3, 8, 16, dtype=torch.float64).to(memory_format=torch.channels_last)
-    augmented = augment(images, 3, seeded())
+def still(monkeypatch, **but: float) -> None:
+    """Switch all changes off but these; half of the images are still mirrored."""
+    for name in ("SHIFT", "ROTATION", "ZOOM", "COLOUR"):
+        monkeypatch.setattr(pictures, name, but.get(name, 0.0))
+
+
+def test_with_all_changes_off_images_are_mirrored_or_left_as_they_are(monkeypatch):
+    still(monkeypatch)
+    torch.manual_seed(0)
+    images = torch.rand(400, 3, 6, 9)
+    moved = augment(images)
+    same = torch.isclose(moved, images, atol=1e-5).all(dim=(1, 2, 3))
+    mirrored = torch.isclose(moved, images.flip(-1), atol=1e-5).all(dim=(1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert 150 < mirrored.sum() < 250
+
+
+def test_a_square_keeps_its_shape_in_a_wide_picture_however_it_is_turned(monkeypatch):
+    still(monkeypatch, ROTATION=90.0)
+    torch.manual_seed(0)
+    images = torch.zeros(300, 1, 32, 64)
+    images[:, :, 10:22, 26:38] = 1
+    assert augment(images).sum(dim=(1, 2, 3)) == pytest.approx([144] * 300, abs=4)
+
+
+def test_what_moves_in_repeats_the_border(monkeypatch):
+    still(monkeypatch, SHIFT=0.5)
+    torch.manual_seed(0)
+    images = torch.arange(8).repeat(200, 1, 8, 1) / 8  # brighter from left to right
+    moved = augment(images)
+    # Shifted right or left by up to half: columns of the border's value, and never of black.
+    assert moved.min() >= 0
+    assert moved.max() == pytest.approx(7 / 8)
+    assert (moved.diff(dim=-2).abs() < 1e-6).all()
+    rising = moved[:, 0, 0].diff(dim=-1)
+    assert ((rising >= -1e-6).all(-1) | (rising <= 1e-6).all(-1)).all()
+    assert (rising.abs() < 1e-6).any(-1).float().mean() > 0.8
+
+
+def test_augmented_images_keep_shape_precision_range_and_memory_format():
+    images = torch.rand(50, 3, 8, 16, dtype=torch.float64).to(memory_format=torch.channels_last)
+    augmented = augment(images)
     assert (augmented.shape, augmented.dtype) == (images.shape, images.dtype)
     assert augmented.is_contiguous(memory_format=torch.channels_last)
+    assert 0 <= augmented.min() < augmented.max() <= 1
+    assert augment(torch.ones(99, 3, 2, 2)).max() == 1 < 1 + COLOUR
+    assert augment(images[:0]).shape == (0, 3, 8, 16)
 
 
-def test_augmentation_repeats_with_its_generator():
-    images = torch.rand(20, 3, 8, 8, generator=seeded())
-    assert torch.equal(augment(images, 2, seeded(1)), augment(images, 2, seeded(1)))
-    assert not torch.equal(augment(images, 2, seeded(1)), augment(images, 2, seeded(2)))
+def test_augmentation_repeats_with_the_seed():
+    images = torch.rand(20, 3, 8, 8)
+
+    def augmented(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return augment(images)
+
+    assert torch.equal(augmented(1), augmented(1))
+    assert not torch.equal(augmented(1), augmented(2))
 
 
 # load_splits().
@@ -273,3 +313,117 @@ def test_each_split_and_size_is_kept_in_a_file_of_its_own(data_root, cache_folde
         for split in ("test", "train", "val")
         for size in ("16x8", "8x8")
     ]
+
+
+# What is said on the way.
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_preparing_is_said_and_bars_are_on_terminals_only(
+    data_root, cache_folder, capsys, monkeypatch, terminal
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    load_splits("auto", data_root, (8, 8))
+    errors = capsys.readouterr().err
+    for split in ("train", "val", "test"):
+        assert f"Preparing {split} pictures" in errors
+    assert ("picture/s" in errors) == terminal
+    load_splits("auto", data_root, (8, 8))
+    assert capsys.readouterr().err == ""
+
+
+def test_without_progress_only_a_download_is_said(server, tmp_path, capsys, cache_folder):
+    load_splits("auto", tmp_path, (8, 8), progress=False)
+    downloading, unpacking = capsys.readouterr().err.splitlines()
+    assert downloading == f"Downloading Flowers102 (345 MB) to {tmp_path}"
+    assert unpacking == f"Unpacking {tmp_path / 'flowers-102' / '102flowers.tgz'}"
+
+
+# What cannot be loaded is said in one line.
+
+
+def test_pictures_that_do_not_fit_in_memory_are_refused_before_anything_is_done(
+    server, tmp_path, monkeypatch
+):
+    # A byte for each value of 8,189 pictures, and 12 for each of 1,020.
+    needed = 64 * 32 * 3 * (8189 + 12 * 1020)
+    memory = type("Memory", (), {"available": needed - 1})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(ValueError, match=r"64x32 need 0\.1 GB .* 0\.1 GB are free.*--image-size"):
+        load_splits("auto", tmp_path, (64, 32))
+    assert server.asked_for == []
+    memory.available = needed
+    assert load_splits("synthetic", tmp_path, (64, 32), progress=False).train.pixels.shape == (
+        *(1020, 64, 32, 3),
+    )
+
+
+@pytest.mark.parametrize("split", ["trnid", "valid", "tstid"])
+def test_a_split_without_pictures_is_refused(data_root, monkeypatch, split):
+    setid = data_root / "flowers-102" / "setid.mat"
+    ids = {"trnid": np.arange(1, 4), "valid": np.arange(4, 7), "tstid": np.arange(7, 10)}
+    savemat(setid, ids | {split: []})
+    accept(monkeypatch, setid)
+    name = {"trnid": "train", "valid": "val", "tstid": "test"}[split]
+    with pytest.raises(ValueError, match=f"the {name} split needs pictures"):
+        load_splits("auto", data_root, (8, 8), progress=False)
+
+
+def test_a_label_above_101_is_refused(data_root, monkeypatch):
+    path = data_root / "flowers-102" / "imagelabels.mat"
+    savemat(path, {"labels": np.full(60, 103)})
+    accept(monkeypatch, path)
+    with pytest.raises(ValueError, match="labels from 1 to 102"):
+        load_splits("auto", data_root, (8, 8), progress=False)
+
+
+def test_kept_pictures_of_two_channels_are_refused(data_root, monkeypatch, cache_folder):
+    monkeypatch.setattr(pictures, "decode_pictures", lambda paths, *_: two_channels(len(paths)))
+    with pytest.raises(ValueError, match=r"train-8x8: pictures of \[8, 8, 2\], three channels"):
+        load_splits("auto", data_root, (8, 8), progress=False)
+
+
+def two_channels(count: int) -> np.ndarray:
+    return np.zeros((count, 8, 8, 2), np.uint8)
+
+
+def test_two_channel_files_are_read_as_rgb(data_root):
+    path = data_root / "flowers-102" / "jpg" / "image_00008.jpg"
+    Image.new("LA", (9, 9), (51, 128)).save(path, "PNG")
+    splits = load_splits("auto", data_root, (8, 8), progress=False)
+    every = torch.cat([split.pixels for split in splits[:3]])
+    assert (every == 51).all(dim=(1, 2, 3)).sum() == 1
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "loop", "folder"])
+def test_what_is_no_regular_file_is_refused_at_once(data_root, kind):
+    path = data_root / "flowers-102" / "jpg" / "image_00008.jpg"
+    path.unlink()
+    {
+        "fifo": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "loop": lambda: path.symlink_to(path),
+        "folder": lambda: path.mkdir(),
+    }[kind]()
+    reason = "Too many levels" if kind == "loop" else "it is not a regular file"
+    with pytest.raises(ValueError, match=rf"image_00008\.jpg cannot be read .*{reason}") as error:
+        load_splits("auto", data_root, (8, 8), progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_too_little_memory_for_one_picture_is_said(data_root, monkeypatch):
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(preprocessing.functional, "resize", fail)
+    with pytest.raises(ValueError, match=r"jpg cannot be read .*too little memory is free"):
+        load_splits("auto", data_root, (9, 9), progress=False)
+
+
+def accept(monkeypatch, path: Path) -> None:
+    """Have torchvision take ``path`` for the right file of its name."""
+    files = {
+        part: (name, calculate_md5(path) if name == path.name else md5)
+        for part, (name, md5) in Flowers102._file_dict.items()
+    }
+    monkeypatch.setattr(Flowers102, "_file_dict", files)

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from vae.training.command_line import first_line
 from vae.vae import VAE
@@ -104,15 +105,30 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[VAE, dict[str, Any]]:
-    """Rebuild the model that a checkpoint holds, ready for inference, with its config.
+def save_latents(latents: MultivariateNormal, path: Path) -> None:
+    """Add the fitted distribution of the latents to a checkpoint (see ``vae.latent``).
+
+    Raises:
+        OSError: if it cannot be written; the checkpoint stays as it was.
+    """
+    fitted = {"mean": latents.mean.cpu(), "covariance": latents.covariance_matrix.cpu()}
+    save_checkpoint(load_checkpoint(path) | {"latents": fitted}, path)
+
+
+def load_model(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[VAE, dict[str, Any], MultivariateNormal | None]:
+    """Rebuild the model that a checkpoint holds, ready for inference.
+
+    Returns:
+        The model, its config, and the fitted distribution of its latents; None before a run's end.
 
     Raises:
         ValueError: if the file is missing, damaged, or not a checkpoint of this model.
         OSError: if it may not be read.
     """
     checkpoint = load_checkpoint(path)
-    config = checkpoint["config"]
+    config, fitted = checkpoint["config"], checkpoint.get("latents")
     try:
         model = VAE(
             image_resolution=tuple(config["image_resolution"]),
@@ -121,9 +137,16 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[VAE, dic
             batch_norm=config["batch_norm"],
         )
         load_weights(model, checkpoint["model"])
+        if fitted:
+            shapes = {"mean": torch.empty(model.latent_size)}
+            shapes["covariance"] = torch.empty(2 * shapes["mean"].shape)
+            if not all(same_kind(fitted[name], like) for name, like in shapes.items()):
+                raise ValueError("its latents are of another shape or type, or not finite")
+            mean, covariance = (fitted[name].to(device) for name in shapes)
+            latents = MultivariateNormal(mean, covariance)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold this model: {first_line(error)}") from None
-    return model.to(device).eval(), config
+    return model.to(device).eval(), config, latents if fitted else None
 
 
 def load_weights(model: VAE, weights: dict[str, Tensor]) -> None:

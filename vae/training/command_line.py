@@ -71,13 +71,19 @@ def read_inference_line(description: str, arguments: Sequence[str] | None = None
     option(each, "--spread", number(float, 0, 1), 0.3, "0: the reconstruction; 1: any flower")
     each = add("sample", "new flowers")
     option(each, "--count", number(int, 1, 1000), 64, "new flowers")
+    text = "where the training pictures' latents are, or N(0, I)"
+    from_where = {"dest": "source", "choices": ("data", "prior"), "default": "data"}
+    each.add_argument("--from", help=f"{text} (default: %(default)s)", **from_where)
     add("reconstruct", "pictures beside their reconstructions", "+")
     each = add("interpolate", "the way from one picture to another", 2)
     option(each, "--steps", number(int, 2, 100), 8, "pictures on the way, both ends included")
     each = add("traverse", "what each latent dimension does to a picture", 1)
     option(each, "--steps", number(int, 2, 100), 7, "pictures for each dimension")
-    add("explore", "a web page with a slider for each latent dimension", suffix="html")
-    return parser.parse_args(arguments)
+    add("explore", "a web page with a slider for each latent dimension", "?", "html")
+    command = parser.parse_args(arguments)
+    if isinstance(command.images, Path):
+        command.images = [command.images]
+    return command
 
 
 @contextmanager

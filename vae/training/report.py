@@ -17,9 +17,10 @@ from torchvision.datasets import Flowers102
 from torchvision.utils import make_grid, save_image
 
 from datasets.pictures import Pictures, Splits
-from vae.evaluation import evaluate, pca_squared_error
+from vae.evaluation import evaluate, evaluate_samples, pca_squared_error
+from vae.latent import fit_latents
 from vae.losses import ELBOLoss
-from vae.training.checkpoint import replace_atomically
+from vae.training.checkpoint import replace_atomically, save_latents
 from vae.training.options import Options
 from vae.training.run import Run
 from vae.vae import VAE
@@ -67,9 +68,11 @@ def write_validation(
     for name in COMPARED:
         writer.add_scalar(f"validation/{name}", metrics[name], epoch)
     writer.add_histogram("validation/kl_per_dimension", Tensor(metrics["kl_per_dimension"]), epoch)
+    latents = fit_latents(model, splits.train.batches())
     # Few and small: TensorBoard takes its time over each byte of a picture.
+    writer.add_image("samples", make_grid(model.decoder(latents.sample((16,)))), epoch)
+    writer.add_image("samples_prior", make_grid(model.sample(16)), epoch)
     writer.add_image("test_pairs", test_pairs(model, splits.test, 16), epoch)
-    writer.add_image("samples", make_grid(model.sample(16)), epoch)
 
 
 def test_pairs(model: VAE, test: Pictures, count: int) -> Tensor:
@@ -94,7 +97,8 @@ def report(run: Run, model: VAE, splits: Splits) -> dict[str, Any]:
     model.eval()
     loss = ELBOLoss(options.beta, options.likelihood)
     components = options.latent_size
-    pca_error = pca_squared_error(splits.train.batches(), splits.test.batches(), components)
+    latents = fit_latents(model, splits.train.batches())
+    save_latents(latents, run.folder / "checkpoint.pt")
     metrics = {
         "dataset": splits.dataset,
         "epochs": options.epochs,
@@ -102,7 +106,11 @@ def report(run: Run, model: VAE, splits: Splits) -> dict[str, Any]:
         "train": evaluate(model, splits.train.batches(), loss),
         "val": evaluate(model, splits.val.batches(), loss),
         "test": evaluate(model, splits.test.batches(), loss),
-        "pca": {"components": components, "test": pca_error},
+        "samples": evaluate_samples(model, latents, splits.train.batches, splits.test.batches),
+        "pca": {
+            "components": components,
+            "test": pca_squared_error(splits.train.batches, splits.test.batches(), components),
+        },
         "seconds": seconds,
         "device": str(run.device),
         "versions": {
@@ -116,7 +124,8 @@ def report(run: Run, model: VAE, splits: Splits) -> dict[str, Any]:
         file.write(json.dumps(metrics, indent=2).encode())
     grids = {
         "reconstructions": test_pairs(model, splits.test, 32),
-        "samples": make_grid(model.sample(64)),
+        "samples": make_grid(model.decoder(latents.sample((64,)))),
+        "samples_prior": make_grid(model.sample(64)),
     }
     for name, grid in grids.items():
         with replace_atomically(run.folder / f"{name}.png") as file:
@@ -146,7 +155,7 @@ def write_latents(writer: SummaryWriter, model: VAE, splits: Splits) -> None:
 
 def summary(metrics: dict[str, Any], folder: Path) -> str:
     """Return what a run prints at its end: how good the model is, and where to look."""
-    test, pca = metrics["test"], metrics["pca"]
+    test, pca, frechet = metrics["test"], metrics["pca"], metrics["samples"]["frechet"]
     better = pca["test"] - test["squared_error"]
     return (
         f"Test pictures: squared error {test['squared_error']:.1f} per image "
@@ -154,6 +163,9 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
         f"KL {test['kl']:.1f} nats, {test['active_units']} active latent dimensions.\n"
         f"PCA with {pca['components']} components: {pca['test']:.1f}; the model is "
         f"{abs(better):.1f} {'better' if better > 0 else 'worse'}.\n"
+        f"Fréchet distance of new flowers to the test pictures (lower is better): drawn from the "
+        f"fitted latents {frechet['fitted']:.1f}, from the prior {frechet['prior']:.1f}; "
+        f"reconstructions have {frechet['reconstructions']:.1f}.\n"
         f"{metrics['epochs']} epochs in {metrics['seconds']:.0f} s. Pictures, metrics and the "
         f"model are in {folder}\n"
         f"Look at the run with: tensorboard --logdir {shlex.quote(str(folder.parent))}"

@@ -324,18 +324,18 @@ def test_a_model_is_rebuilt_from_its_config(
         "batch_norm": batch_norm,
     }
     save_checkpoint({"model": model.state_dict(), "config": config}, tmp_path / "checkpoint.pt")
-    rebuilt, read = load_model(tmp_path / "checkpoint.pt")
+    rebuilt, read, _ = load_model(tmp_path / "checkpoint.pt")
     assert read == config
     assert torch.equal(rebuilt.reconstruct(x), model.eval().reconstruct(x))
 
 
 def test_a_rebuilt_model_is_ready_for_inference(path):
-    model, _ = load_model(path)
+    model, *_ = load_model(path)
     assert not model.training
 
 
 def test_a_model_is_put_on_the_device_that_was_asked_for(path):
-    model, _ = load_model(path, "meta")
+    model, *_ = load_model(path, "meta")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 

@@ -135,7 +135,7 @@ def test_odd_rows_are_test_pictures_and_even_rows_their_reconstructions(model, t
 
 def test_the_metrics_are_of_pca_and_of_the_whole_splits(run, splits):
     metrics = json.loads((run / "metrics.json").read_bytes())
-    model, _ = load_model(run / "checkpoint.pt")
+    model, *_ = load_model(run / "checkpoint.pt")
     seed_as(0, SMALL["epochs"])
     expected = pca_squared_error(splits.train.batches(), splits.test.batches(), components=2)
     assert metrics["pca"] == {"components": 2, "test": pytest.approx(expected)}
@@ -149,7 +149,7 @@ def test_the_metrics_are_of_pca_and_of_the_whole_splits(run, splits):
 
 def test_the_metrics_say_what_was_run(run):
     metrics = json.loads((run / "metrics.json").read_bytes())
-    model, config = load_model(run / "checkpoint.pt")
+    model, config, _ = load_model(run / "checkpoint.pt")
     assert metrics["config"] == config
     assert (metrics["dataset"], metrics["epochs"], metrics["device"]) == ("synthetic", 3, "cpu")
     assert metrics["parameters"] == sum(weight.numel() for weight in model.parameters())
@@ -164,7 +164,7 @@ def test_the_metrics_say_what_was_run(run):
 def test_the_pictures_are_pairs_of_test_pictures_and_64_samples(run, splits):
     pairs = tiles(np.asarray(Image.open(run / "reconstructions.png")))
     assert np.array_equal(pairs[::2].reshape(32, 8, 8, 3), splits.test.pixels[:32])
-    model, _ = load_model(run / "checkpoint.pt")
+    model, *_ = load_model(run / "checkpoint.pt")
     with torch.no_grad():
         through_mean = model.reconstruct(splits.test[:32][0]).movedim(1, -1).numpy() * 255
     # The pictures' z is sampled, so they are near to those through the mean and not the same.
@@ -205,7 +205,7 @@ def test_the_projector_shows_each_test_picture_with_its_own_species(tmp_path, da
     folder = tmp_path / "00000" / "test_latents"
     species = (folder / "metadata.tsv").read_text().splitlines()
     assert species == [SPECIES[dataset][label] for label in splits.test.labels.tolist()]
-    model, _ = load_model(tmp_path / "checkpoint.pt")
+    model, *_ = load_model(tmp_path / "checkpoint.pt")
     with torch.no_grad():
         means, _ = model.encoder(splits.test[:][0])
     latents = np.loadtxt(folder / "tensors.tsv", delimiter="\t")

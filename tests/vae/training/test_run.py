@@ -257,7 +257,7 @@ def test_checkpoints_are_written_at_the_start_when_due_and_at_the_end(folder, sp
 
 def test_a_checkpoint_holds_all_that_a_run_goes_on_from(finished):
     checkpoint = load_checkpoint(finished / "checkpoint.pt")
-    model, _ = load_model(finished / "checkpoint.pt")
+    model, *_ = load_model(finished / "checkpoint.pt")
     assert checkpoint["model"].keys() == model.state_dict().keys()
     assert [moments["step"].item() for moments in checkpoint["optimiser"].values()] == [9.0] * 18
     assert checkpoint["epoch"] == 3
