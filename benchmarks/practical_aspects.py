@@ -1,7 +1,8 @@
 """What each of the post's "Practical Aspects" buys: ``python benchmarks/practical_aspects.py``.
 
-Trains one change at a time from the post's setting, several seeds each, and writes a table and
-two figures. Runs that are finished are not trained again, so it can be stopped at any time.
+Trains one change at a time from the post's setting, several betas, and several latent sizes, a few
+seeds each, and writes a table and four figures. Runs that are finished are not trained again, so it
+can be stopped at any time.
 """
 
 import argparse
@@ -11,13 +12,14 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +30,12 @@ from datasets.pictures import load_splits  # noqa: E402
 from vae.training.options import PRESETS, Options, resumed_options  # noqa: E402
 from vae_training import train  # noqa: E402
 
-LINEAR = {"beta_schedule": "linear", "warmup_epochs": 150}
+Runs = list[dict[str, Any]]
+"""The metrics of a setting's seeds."""
+
+EPOCHS = 200
+"""Of every run but the preset's: enough to tell the settings apart."""
+LINEAR = {"beta_schedule": "linear", "warmup_epochs": 100}
 COSINE = {"learning_rate": 1e-3, "lr_schedule": "cosine"}
 # One change at a time from the post's setting.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -46,18 +53,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "learning rate 1e-3, cosine": COSINE,
     "learning rate 1e-3, cosine, augmentation": COSINE | {"augment": True},
     "64x64 pictures": {"image_size": 64},
+    "--preset best": PRESETS["best"],
 }
-# Three fifths of the post's epochs, for all alike; the preset is run as it is.
-SETTINGS = {name: {"epochs": 300} | changes for name, changes in SETTINGS.items()}
-SETTINGS["--preset best"] = PRESETS["best"]
-COLUMNS = {
-    "squared_error": "squared error, z sampled",
-    "squared_error_mean": "through the mean",
-    "psnr": "PSNR, dB",
-    "kl": "KL, nats",
-    "elbo_per_dimension": "ELBO, nats per dimension",
-    "active_units": "active units",
+BETAS = (0.003, 0.01, 0.03, 0.3, 3.0)
+SIZES = (2, 5, 20, 50)
+SHORT_BEST = PRESETS["best"] | {"epochs": EPOCHS}
+# What the figures need beyond the table.
+CURVES = {f"beta {beta}": {"beta": beta} for beta in BETAS}
+CURVES |= {f"{size} dimensions": {"latent_size": size} for size in SIZES}
+CURVES |= {f"{size} dimensions, best": SHORT_BEST | {"latent_size": size} for size in (*SIZES, 10)}
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "error, test": lambda run: run["test"]["squared_error"],
+    "error, train": lambda run: run["train"]["squared_error"],
+    "samples, fitted": lambda run: run["samples"]["frechet"]["fitted"],
+    "samples, prior": lambda run: run["samples"]["frechet"]["prior"],
 }
+NOTES = "<!-- notes -->"
 
 
 def train_setting(options: Options, folder: Path) -> dict[str, Any]:
@@ -77,66 +89,98 @@ def train_setting(options: Options, folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def report(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the results file: how the numbers were made, and what they are on the test split."""
+def report(results: dict[str, Runs]) -> str:
+    """Return the table, and how its numbers were made."""
     first = results["the post"][0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     rows = []
-    for name, runs in results.items():
-        cells = [spread(run["test"][column] for run in runs) for column in COLUMNS]
-        cells.append(spread(run["train"]["squared_error"] for run in runs))
-        cells.append(spread(run["seconds"] / 60 for run in runs))
-        rows.append(f"| {name} | {runs[0]['epochs']} | " + " | ".join(cells) + " |")
+    for name in SETTINGS:
+        cells = [spread([column(run) for run in results[name]]) for column in COLUMNS.values()]
+        rows.append(f"| {name} | {' | '.join(cells)} |\n")
     return f"""# The practical aspects, measured
 
-`{shlex.join(["python", *sys.argv])}`
-on {first["dataset"]}, {len(results["the post"])} seeds each (mean ± standard deviation);
-{os.cpu_count()} CPU cores, each run on one thread beside another; {versions}.
-Errors are squared errors per test image, summed over all its values; PCA with
-{first["pca"]["components"]} components has {first["pca"]["test"]:.1f} at 32x32. At 64x64 there are
-four times as many values. Bernoulli's ELBO is of grey values taken for probabilities: it compares
-with itself alone. Sigma's takes its one variance from the split that it is measured on.
+`{shlex.join(["python", *sys.argv])}`,
+{first["dataset"]}, {first["epochs"]} epochs (`--preset best`: {PRESETS["best"]["epochs"]}),
+{len(results["the post"])} seeds each (mean ± standard deviation), one thread a run; {versions}.
 
-| setting | epochs | {" | ".join(COLUMNS.values())} | train, z sampled | minutes |
-| --- |{" ---: |" * (len(COLUMNS) + 3)}
-""" + "".join(f"{row}\n" for row in rows)
+- *Error*: squared error per picture, summed over its values, z sampled. PCA with
+  {first["pca"]["components"]} components has {first["pca"]["test"]:.1f} on the test split at 32x32;
+  at 64x64 there are four times as many values.
+- *Samples*: Fréchet distance of as many new pictures as the test split has to the test pictures,
+  drawn from the Gaussian fitted to the training pictures' latents, or from the prior. Lower is
+  better.
 
-
-def spread(values: Iterable[float | None]) -> str:
-    """Return mean and standard deviation of the values that there are."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    mean = statistics.mean(known)
-    digits = 1 if abs(mean) >= 2 else 2
-    deviation = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{mean:.{digits}f}{deviation}"
+| setting | {" | ".join(COLUMNS)} |
+| --- |{" ---: |" * len(COLUMNS)}
+""" + "".join(rows)
 
 
-def plot_errors(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def spread(values: list[float]) -> str:
+    """Return mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def mean(runs: Runs, column: str) -> float:
+    """Return the mean over seeds."""
+    return statistics.mean(COLUMNS[column](run) for run in runs)
+
+
+def plot_errors(results: dict[str, Runs], figure: Figure) -> None:
     """Draw each setting's held-out error (a dot for each seed) beside PCA's."""
-    figure = Figure(figsize=(8, 0.35 * len(results) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    names = list(results)
-    for row, runs in enumerate(results.values()):
+    axes, names = figure.subplots(), list(SETTINGS)
+    for row, name in enumerate(SETTINGS):
         # As if it were summed over 32x32 pixels, so that sizes compare.
-        factor = (runs[0]["config"]["image_size"] // 32) ** 2
+        factor = (results[name][0]["config"]["image_size"] // 32) ** 2
         names[row] += f" (÷ {factor})" if factor > 1 else ""
-        errors = [run["test"]["squared_error"] / factor for run in runs]
+        errors = [COLUMNS["error, test"](run) / factor for run in results[name]]
         axes.plot(errors, [row] * len(errors), "o", color="tab:blue", alpha=0.7)
     pca = results["the post"][0]["pca"]
     axes.axvline(pca["test"], color="tab:red", linestyle="--")
     axes.text(pca["test"], -0.8, f" PCA, {pca['components']} components", color="tab:red")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("squared error per test image (z sampled; sum over 3,072 values)")
+    axes.set_xlabel("squared error per test picture (z sampled; sum over 3,072 values)")
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
 
 
-def plot_kl_story(folders: dict[str, Path], path: Path) -> None:
+def plot_betas(results: dict[str, Runs], figure: Figure) -> None:
+    """Draw error and Fréchet distances against the KL divergence, a point for each beta."""
+    error, samples = figure.subplots(2, 1, sharex=True)
+    betas = {0.1: "the post"} | {beta: f"beta {beta:g}" for beta in (*BETAS, 1, 10)}
+    rows = [results[betas[beta]] for beta in sorted(betas)]
+    kl = [statistics.mean(run["test"]["kl"] for run in runs) for runs in rows]
+    error.plot(kl, [mean(runs, "error, test") for runs in rows], "o-", color="tab:blue")
+    for beta, x, runs in zip(sorted(betas), kl, rows, strict=True):
+        place = (x, mean(runs, "error, test"))
+        error.annotate(f"β = {beta:g}", place, (6, 6), textcoords="offset points", fontsize=9)
+    for column in ("samples, prior", "samples, fitted"):
+        samples.plot(kl, [mean(runs, column) for runs in rows], "o-", label=column)
+    error.set(ylabel="distortion: squared error\nper test picture (z sampled)", xscale="log")
+    samples.set(ylabel="Fréchet distance of samples\nto the test pictures", yscale="log")
+    samples.set_xlabel("rate: KL divergence per test picture, nats")
+    samples.legend()
+
+
+def plot_sizes(results: dict[str, Runs], figure: Figure) -> None:
+    """Draw the error against the number of latent dimensions, beside PCA's."""
+    axes, sizes = figure.subplots(), sorted((*SIZES, 10))
+    names = [f"{size} dimensions" for size in sizes]
+    post = [results["the post" if size == 10 else f"{size} dimensions"] for size in sizes]
+    best = [results[f"{name}, best"] for name in names]
+    axes.plot(sizes, [runs[0]["pca"]["test"] for runs in post], "s--", color="tab:red", label="PCA")
+    for label, rows in (("the post's setting", post), ("the best setting, as long", best)):
+        axes.plot(sizes, [mean(runs, "error, test") for runs in rows], "o-", label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set(xlabel="latent dimensions (PCA: components)")
+    axes.set_ylabel(f"squared error per test picture\n(z sampled, {EPOCHS} epochs)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def plot_kl_story(folders: dict[str, Path], figure: Figure) -> None:
     """Draw KL and error over the epochs, and reconstructions, of two runs side by side."""
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
     columns = figure.subplots(3, 2).T
     for (title, folder), (kl, error, drawn) in zip(folders.items(), columns, strict=True):
         events = read_events(folder)
@@ -144,15 +188,18 @@ def plot_kl_story(folders: dict[str, Path], path: Path) -> None:
             points = events.Scalars(f"validation/{tag}")
             panel.plot([point.step + 1 for point in points], [point.value for point in points])
         kl.set(title=title, ylabel="KL, nats", yscale="log", ylim=(0.1, 200))
-        error.set(xlabel="epoch", ylabel="squared error per image", ylim=(60, 260))
-        looks = events.Images("test_pairs")
-        looks = [looks[max(0, round(share * len(looks)) - 1)] for share in (0.1, 1 / 3, 2 / 3, 1)]
-        # The second row of the pairs is what the model drew of the first one's eight pictures.
-        drawn.imshow(np.concatenate([read_grid(look)[34:70] for look in looks]))
-        drawn.set(xticks=[], yticks=[], xlabel="reconstructions of eight test pictures")
-        label = "epochs {}, {},\n{}, {}".format(*(1 + look.step for look in looks))
-        drawn.set_ylabel(label, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=110)
+        error.set(xlabel="epoch", ylabel="squared error", ylim=(60, 260))
+        draw_looks(drawn, events.Images("test_pairs"))
+
+
+def draw_looks(axes: Axes, looks: list[Any]) -> None:
+    """Draw what the model made of eight test pictures at four epochs."""
+    looks = [looks[max(0, round(share * len(looks)) - 1)] for share in (0.05, 0.25, 0.5, 1)]
+    # The second row of the pairs is what the model drew of the first one's eight pictures.
+    axes.imshow(np.concatenate([read_grid(look)[34:70] for look in looks]))
+    axes.set(xticks=[], yticks=[], xlabel="reconstructions of eight test pictures")
+    label = "epochs {}, {},\n{}, {}".format(*(1 + look.step for look in looks))
+    axes.set_ylabel(label, rotation=0, ha="right", va="center")
 
 
 def main() -> None:
@@ -165,22 +212,33 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
     command = parser.parse_args()
     log_dir = command.log_dir or ROOT / "benchmarks" / "runs" / "practical_aspects"
-    folders = {name: log_dir / re.sub(r"\W", "-", name) for name in SETTINGS}
+    changes = {name: {"epochs": EPOCHS} | each for name, each in (SETTINGS | CURVES).items()}
+    folders = {name: log_dir / re.sub(r"\W", "-", name) for name in changes}
     data = {"dataset": "flowers102", "data_root": command.data_root}
     jobs = [
-        (Options(**changes | data, seed=seed), folders[name] / str(seed))
+        (Options(**changes[name] | data, seed=seed), folders[name] / str(seed))
         for seed in range(command.seeds)
-        for name, changes in SETTINGS.items()
+        for name in changes
     ]
     with ProcessPoolExecutor(command.processes) as pool:
         metrics = list(pool.map(train_setting, *zip(*jobs, strict=True)))
-    results = {name: metrics[i :: len(SETTINGS)] for i, name in enumerate(SETTINGS)}
+    results = {name: metrics[i :: len(changes)] for i, name in enumerate(changes)}
+
     command.output.mkdir(parents=True, exist_ok=True)
-    (command.output / "practical_aspects.md").write_text(report(results))
-    plot_errors(results, command.output / "practical_aspects.png")
+    document = command.output / "practical_aspects.md"
+    old = document.read_text() if document.exists() else ""
+    document.write_text(f"{report(results)}\n{NOTES}{old.partition(NOTES)[2] or chr(10)}")
     story = {name: folders[name] / "0" for name in ("beta 10", "beta 10, linear warm-up")}
-    plot_kl_story(story, command.output / "kl_story.png")
-    print(f"Wrote practical_aspects.md, practical_aspects.png and kl_story.png to {command.output}")
+    for name, size, plot, shown in (
+        ("practical_aspects", (8, 6.5), plot_errors, results),
+        ("rate_distortion", (7, 7), plot_betas, results),
+        ("latent_size", (7, 4), plot_sizes, results),
+        ("kl_story", (10, 6.5), plot_kl_story, story),
+    ):
+        figure = Figure(figsize=size, layout="constrained")
+        plot(shown, figure)
+        figure.savefig(command.output / f"{name}.png", dpi=110)
+    print(f"Wrote practical_aspects.md and four figures to {command.output}")
 
 
 if __name__ == "__main__":
