@@ -1,8 +1,9 @@
 """See what a trained model has learnt: ``python vae_inference.py similar photograph.jpg``."""
 
-from vae.training.command_line import RUNS, one_line_errors, read_inference_line
+from vae.training.command_line import RUNS, one_line_errors, read_inference_line, take_terminal
 
 if __name__ == "__main__":
+    take_terminal()
     read_inference_line(__doc__)  # --help and mistakes are answered before PyTorch is loaded
 
 import argparse

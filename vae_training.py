@@ -1,8 +1,10 @@
 """Train the post's variational autoencoder: ``python vae_training.py``."""
 
+from vae.training.command_line import take_terminal
 from vae.training.options import Options, read_command_line
 
 if __name__ == "__main__":
+    take_terminal()
     read_command_line(__doc__)  # --help and mistakes are answered before PyTorch is loaded
 
 import sys
@@ -15,12 +17,13 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from datasets.flowers102 import is_on_disk
 from datasets.pictures import Splits, augment, load_splits, whole_batch
 from vae.losses import ELBOLoss
 from vae.training.checkpoint import load_checkpoint
 from vae.training.command_line import one_line_errors
 from vae.training.options import resumed_options
-from vae.training.report import report, summary, write_losses, write_validation
+from vae.training.report import opening, report, summary, write_losses, write_validation
 from vae.training.run import Run, find_device
 from vae.vae import VAE
 
@@ -69,11 +72,14 @@ def train(
 
         # TensorBoard's writer, and epoch 0, or the one that a resumed run goes on with
         writer, first_epoch = run.begin(model, optimiser)
+        if progress:
+            print(opening(run, model, splits, first_epoch))
 
         # Main training loop
         epochs = range(first_epoch, options.epochs)
+        hidden = None if progress else True  # None: shown on terminals only
         for epoch in tqdm(
-            epochs, initial=first_epoch, total=options.epochs, disable=None if progress else True
+            epochs, initial=first_epoch, total=options.epochs, dynamic_ncols=True, disable=hidden
         ):
             run.seed(epoch)  # so that a resumed run draws what the whole run would have drawn
             loss.beta = options.beta_at(epoch)
@@ -115,6 +121,8 @@ def train(
                 )
             run.save(model, optimiser, epoch + 1)  # if due; here Ctrl-C ends the run
 
+        if progress:
+            print("Measuring the trained model on all pictures")
         run.seed(options.epochs)
         return model, report(run, model, splits)
 
@@ -125,8 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = read_command_line(__doc__, arguments)
     options, folder = command.options, command.folder
     if command.start == "resume":
-        config = load_checkpoint(folder / "checkpoint.pt")["config"]
-        options = resumed_options(config, command.given)
+        checkpoint = load_checkpoint(folder / "checkpoint.pt")
+        options = resumed_options(checkpoint["config"], command.given)
+        if checkpoint.get("epoch") == options.epochs and "latents" in checkpoint:
+            print(f"{folder} is finished: {options.epochs} epochs. --epochs NUMBER adds to them.")
+            return
+        if options.dataset == "flowers102" and not is_on_disk(Path(options.data_root)):
+            raise ValueError(f"{options.data_root} has no flowers-102 any more: give --data-root")
     find_device(options.device)
     size = (options.image_size, options.image_size)
     splits = load_splits(options.dataset, Path(options.data_root), size)

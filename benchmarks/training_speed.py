@@ -1,101 +1,61 @@
 """Measure how fast training is, on Linux: ``python benchmarks/training_speed.py`` (40 minutes).
 
 This repository, the plain way of most tutorials, and pythae (if it is installed) train the post's
-network on the same pictures, in turns, so that whatever else the machine does meets all of them;
-ratios are taken within a round. ``--runs 0`` leaves out the whole runs, and takes 5 minutes.
+network on the same pictures, in turns, so that whatever else the machine does meets all of them.
+Ratios are taken within a round. ``--runs 0`` leaves out the whole runs, and takes 5 minutes.
 """
+# ruff: noqa: E402 - the clock starts before most imports, and the path leads to some of them
 
 import os
-import re
-import shlex
-import subprocess
 import sys
 import time
+
+import torch
+
+BEGAN = time.perf_counter()
+
+from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import redirect_stdout
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
-from io import StringIO
+from importlib import metadata, util
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from timeit import timeit
-from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.optim import Adam
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import DataLoader, Dataset
+from torch.optim import Adam, optimizer
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import Flowers102, ImageFolder
 from torchvision.transforms import Compose, Resize, ToTensor
-from torchvision.utils import make_grid
+from torchvision.utils import make_grid, save_image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from datasets import flowers102, synthetic  # noqa: E402
-from datasets.pictures import Pictures, Splits, whole_batch  # noqa: E402
-from datasets.preprocessing import decode_pictures  # noqa: E402
-from vae.losses import ELBOLoss  # noqa: E402
-from vae.training.command_line import Parser, one_line_errors  # noqa: E402
-from vae.training.options import Options  # noqa: E402
-from vae.training.run import find_device  # noqa: E402
-from vae.vae import VAE  # noqa: E402
-from vae_training import train  # noqa: E402
+from datasets import flowers102
+from datasets.pictures import Pictures, load_splits
+from vae.losses import ELBOLoss
+from vae.training.command_line import Parser, one_line_errors
+from vae.training.options import Options
+from vae.training.run import find_device
+from vae.vae import VAE
+from vae_training import train
 
-BATCH = Options.batch_size
 SIZE = (32, 32)
-# What may be how much at most, or how many times as much as what else.
-TARGETS = (
-    ("whole run, here", "whole run, the plain way", 0.38),
-    ("raw steps, here", "raw steps, the plain way", 0.70),
-    ("epoch, here", "epoch, pythae", 0.85),
-    ("peak MiB, here", "peak MiB, the plain way", 1.15),
-    ("KiB a picture from 1,020 to 8,160", "", 8),
-    ("start to first step, warm cache", "", 1.6),
-)
-ACCELERATOR_TARGET = ("epoch on an accelerator", "", 10 / 500)
 NOTES = "<!-- notes -->"
-# A run that ends with its first step, and prints the seconds since PyTorch was imported.
-FIRST_STEP = """
-import os, time, torch
-began = time.perf_counter()
-import vae_training
-
-def stop(*_):
-    print(time.perf_counter() - began, flush=True)
-    os._exit(0)
-
-torch.optim.optimizer.register_optimizer_step_post_hook(stop)
-vae_training.main()
-"""
-
-
-def write_files(folder: Path, count: int | None) -> None:
-    """Write ``count`` synthetic flowers of each split, or all, as 64x64 JPEG files."""
-    for split in synthetic.SPLITS:
-        (folder / split / "flowers").mkdir(parents=True)
-        indices = None if count is None else range(count)
-        for number, picture in enumerate(synthetic.draw_flowers(split, (64, 64), indices)):
-            Image.fromarray(picture).save(folder / split / "flowers" / f"{number:05}.jpg")
-
-
-def decode_splits(folder: Path, times: int = 1) -> Splits:
-    """Return all pictures in memory; those for training are decoded ``times`` times over."""
-    splits = []
-    for split in synthetic.SPLITS:
-        paths = sorted((folder / split).rglob("*.jpg"))
-        if flowers102.is_on_disk(folder):
-            paths, _ = flowers102.find_pictures(folder, split)
-        pixels = torch.from_numpy(decode_pictures(paths * (times if split == "train" else 1), SIZE))
-        splits.append(Pictures(pixels, torch.zeros(len(pixels), dtype=torch.int64)))
-    return Splits(*splits, "synthetic", None)
+# What may be at most how many times what else.
+TARGETS = (
+    ("process, whole run here", "process, whole run plain", 0.38),
+    ("epoch, steps alone here", "epoch, steps alone plain", 0.70),
+    ("epoch, here", "epoch, pythae", 0.85),
+    ("MiB, here", "MiB, plain", 1.15),
+    ("KiB for each picture more", "1", 8),
+    ("start, here", "1", 1.6),
+    ("epoch, accelerator", "1", 10 / 500),
+)
 
 
 def plain_vae() -> VAE:
@@ -108,110 +68,155 @@ def plain_vae() -> VAE:
     return model
 
 
-def plain_data(folder: Path, split: str) -> Dataset:
-    """Return torchvision's data set, which decodes a picture each time it is asked for it."""
-    transform = Compose([Resize(SIZE), ToTensor()])
-    if flowers102.is_on_disk(folder):
-        return Flowers102(folder, split, transform)
-    return ImageFolder(folder / split, transform)
-
-
-def train_plainly(folder: Path, epochs: int, log_dir: Path) -> None:
+def train_plainly(options: Options, logs: Path) -> None:
     """Train as the post and most tutorials do: decode each picture anew, log at every step."""
-    loader = DataLoader(plain_data(folder, "train"), BATCH, shuffle=True)
-    test_batches = iter(DataLoader(plain_data(folder, "test"), 5, shuffle=True))
+    root, transform = options.data_root, Compose([Resize(SIZE), ToTensor()])
+    data = test_data = ImageFolder(root, transform)
+    if options.dataset == "flowers102":
+        data, test_data = (Flowers102(root, split, transform) for split in ("train", "test"))
+    loader = DataLoader(data, options.batch_size, shuffle=True)
+    test_batches = iter(DataLoader(test_data, 5, shuffle=True))
     model, loss = plain_vae(), ELBOLoss(beta=0.1)
     optimiser = Adam(model.parameters(), lr=1e-4)
-    with SummaryWriter(log_dir) as writer:
-        for epoch in range(epochs):
+    with SummaryWriter(logs) as writer:
+        for epoch in range(options.epochs):
             for step, (x, _) in enumerate(loader, epoch * len(loader)):
                 optimiser.zero_grad()
-                _, kl, reconstruction, total = loss(x, *model(x))
-                points = {"KL": kl, "reconstruction": reconstruction, "total": total}
-                writer.add_scalars("loss", points, step)
+                _, kl, squares, total = loss(x, *model(x))
+                writer.add_scalars("loss", {"KL": kl, "squares": squares, "total": total}, step)
                 total.backward()
                 optimiser.step()
             x, _ = next(test_batches)
             writer.add_image("originals", make_grid(x), epoch)
             writer.add_image("reconstructions", make_grid(model(x)[0]), epoch)
-            print(f"Epoch {epoch}: {reconstruction:.2f} + {kl:.2f} gives {total:.2f}")
+            print(f"{epoch}: {squares:.2f}, {kl:.2f}, {total:.2f}")
 
 
-def train_here(
-    folder: Path, epochs: int, log_dir: Path, times: int = 1, device: str = "cpu"
-) -> None:
-    """Train with this repository, everything on."""
-    train(Options(epochs=epochs, device=device), decode_splits(folder, times), log_dir)
+def train_here(options: Options, logs: Path, times: int = 1) -> None:
+    """Train with this repository, everything on, with the training pictures ``times`` over."""
+    splits = load_splits(options.dataset, Path(options.data_root), SIZE, progress=False)
+    pixels, labels = splits.train.pixels.repeat(times, 1, 1, 1), splits.train.labels.repeat(times)
+    train(options, splits._replace(train=Pictures(pixels, labels)), logs)
 
 
-def train_with_pythae(folder: Path, epochs: int, log_dir: Path) -> None:
-    """Train with pythae's ``VAE`` and ``BaseTrainer``; the pictures are in memory, too."""
-    from pythae import models, trainers
-    from pythae.data.datasets import BaseDataset
-    from pythae.models import nn
-    from pythae.models.base.base_utils import ModelOutput
+def train_with_pythae(options: Options, logs: Path) -> None:
+    """Train the plain network with pythae; the pictures are in memory, too."""
+    from pythae import models, pipelines, trainers
 
-    class Encoder(nn.BaseEncoder):
-        def forward(self, x: Tensor) -> ModelOutput:
-            mean, log_var = self.layers(x)
-            return ModelOutput(embedding=mean, log_covariance=log_var)
-
-    class Decoder(nn.BaseDecoder):
-        def forward(self, z: Tensor) -> ModelOutput:
-            return ModelOutput(reconstruction=self.layers(z))
-
-    network, encoder, decoder = plain_vae(), Encoder(), Decoder()
-    encoder.layers, decoder.layers = network.encoder, network.decoder
-    model = models.VAE(models.VAEConfig(input_dim=(3, *SIZE), latent_dim=10), encoder, decoder)
+    network, output = plain_vae(), models.base.base_utils.ModelOutput
+    model = models.VAE(models.VAEConfig((3, *SIZE), latent_dim=10))
+    model.encoder, model.decoder = network.encoder, network.decoder
+    model.encoder.register_forward_hook(lambda _, x, y: output(embedding=y[0], log_covariance=y[1]))
+    model.decoder.register_forward_hook(lambda _, z, x: output(reconstruction=x))
     # Batches of 64 and a learning rate of 1e-4 are its defaults, too.
-    config = trainers.BaseTrainerConfig(str(log_dir), num_epochs=epochs, no_cuda=True)
-    images, labels = decode_splits(folder).train[:]
-    pictures = BaseDataset(images.contiguous(), labels)
-    trainers.BaseTrainer(model, pictures, training_config=config).train()
+    config = trainers.BaseTrainerConfig(str(logs), num_epochs=options.epochs, no_cuda=True)
+    images, _ = load_splits(options.dataset, Path(options.data_root), SIZE).train[:]
+    pipelines.TrainingPipeline(model, config)(images.contiguous())
 
 
-def run_quietly(trainer: Callable[..., None], folder: Path, epochs: int) -> None:
-    """Train on the pictures in ``folder``, and keep neither what is printed nor what is written."""
-    with TemporaryDirectory() as logs, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        trainer(folder, epochs, Path(logs))
-
-
-def epoch_seconds(trainer: Callable[..., None], folder: Path, epochs: int, steps: int) -> float:
-    """Return the seconds per epoch of ``steps``, from the first step to that ``epochs`` later."""
-    times: list[float] = []
-    hook = register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
-    run_quietly(trainer, folder, epochs + 1)
-    hook.remove()
-    return (times[epochs * steps] - times[0]) / epochs
-
-
-def peak_mib(trainer: Callable[..., None], folder: Path) -> float:
-    """Return this process's peak memory after three epochs."""
-    run_quietly(trainer, folder, 3)
-    # Not getrusage: it gives a new process the peak of the one that started it.
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
-def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return ``function(*arguments)`` of a new process."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def run_script(*command: str) -> str:
-    """Return what Python prints in a new process, in which ``command`` trains from the root."""
-    with TemporaryDirectory() as logs:
-        command = (sys.executable, *command, "--log-dir", logs)
-        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout
-
-
-def take_steps(model: VAE, optimiser: Adam, batches: list[Tensor]) -> None:
-    """Take one step for each batch, [batch, 3, 32, 32]."""
-    loss = ELBOLoss(beta=0.1)
-    for x in batches:
+def take_steps(options: Options, _: Path, plain: bool = False) -> None:
+    """Take an epoch's steps on a batch that lies ready: forward, loss, backward, optimiser."""
+    torch.empty(2**25 - 2**13, dtype=torch.uint8)  # freed at once, as in vae/training/run.py
+    order = torch.contiguous_format if plain else torch.channels_last
+    model = (plain_vae() if plain else VAE(SIZE, 10, 3)).to(memory_format=order)
+    loss, optimiser = ELBOLoss(beta=0.1), Adam(model.parameters(), lr=1e-4, fused=not plain)
+    x = torch.rand(options.batch_size, 3, *SIZE).contiguous(memory_format=order)
+    for _ in range(16 * options.epochs):
         optimiser.zero_grad()
-        *_, total_loss = loss(x, *model(x))
-        total_loss.backward()
+        loss(x, *model(x))[-1].backward()
         optimiser.step()
+
+
+def watch(trainer: Callable[[Options, Path], None], options: Options) -> dict[str, float]:
+    """Train, and return the seconds of an epoch, this process's peak memory, and its start."""
+    times: list[float] = []
+    hook = optimizer.register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
+    with TemporaryDirectory() as logs, redirect_stdout(sys.stderr):
+        trainer(options, Path(logs))
+    hook.remove()
+    steps = len(times) // options.epochs
+    epoch = (times[-steps] - times[0]) / (options.epochs - 1)  # without the start and the end
+    # Not getrusage: it gives a new process the peak of the one that started it.
+    peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+    return {"epoch": epoch, "MiB": int(peak) / 1024, "start": times[0] - BEGAN}
+
+
+def ratio_row(measured: dict[str, list[float]], name: str, other: str, target: float) -> str:
+    """Compare what was measured, round by round, with a target."""
+    ratios = [one / two for one, two in zip(measured[name], measured[other], strict=False)]
+    if not ratios:
+        return f"| {name} / {other} | - | - | - | - | ≤ {target} | not measured |"
+    cells = [median(measured[name]), median(ratios), min(ratios), max(ratios)]
+    verdict = "met" if median(ratios) <= target else "**not met**"
+    figures = " | ".join(f"{cell:.3g}" for cell in cells)
+    return f"| {name} / {other} | {figures} | ≤ {target} | {verdict} |"
+
+
+@one_line_errors()
+def main() -> None:
+    """Measure, print a table in Markdown, and write it into the results."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--device", default="auto", help="beside the CPU (default: an accelerator)")
+    parser.add_argument("--data-root", default=Options.data_root, help="folder of flowers-102")
+    parser.add_argument("--runs", type=int, default=5, help="pairs of whole runs (default: 5)")
+    parser.add_argument("--output", type=Path, help="default: results/training_speed.md")
+    parser.add_argument("--quick", action="store_true", help="see that it works, and only print")
+    given = parser.parse_args()
+    device, folder = str(find_device(given.device)), Path(given.data_root).resolve()
+    dataset = "flowers102" if flowers102.is_on_disk(folder) else "synthetic"
+    rounds, runs, epochs = (1, 0, 2) if given.quick else (5, given.runs, 11)
+    measured: dict[str, list[float]] = defaultdict(list, {"1": [1.0] * rounds})
+
+    with TemporaryDirectory() as scratch:
+        splits = load_splits(dataset, folder, SIZE)  # decoded here, and kept for all runs
+        if dataset == "synthetic":
+            folder = Path(scratch)
+            (folder / "flowers").mkdir()
+            for number, (picture, _) in enumerate(splits.train):
+                save_image(picture, folder / "flowers" / f"{number:04}.jpg")
+        choose = partial(Options, dataset=dataset, data_root=str(folder))
+        short, whole = choose(epochs=epochs, device="cpu"), choose(device="cpu")
+        ways = [
+            ("here", train_here, short),
+            ("here with 8,160", partial(train_here, times=8), short),
+            ("plain", train_plainly, short),
+            ("steps alone here", take_steps, short),
+            ("steps alone plain", partial(take_steps, plain=True), short),
+        ]
+        if util.find_spec("pythae"):
+            ways.append(("pythae", train_with_pythae, short))
+        if device != "cpu":
+            ways.append(("accelerator", train_here, choose(epochs=epochs, device=device)))
+        pair = [("whole run here", train_here, whole), ("whole run plain", train_plainly, whole)]
+        for way, trainer, options in [*ways * rounds, *pair * runs]:
+            print(way, file=sys.stderr)
+            began = time.perf_counter()
+            processes = ProcessPoolExecutor(1, get_context("spawn"))
+            with ThreadPoolExecutor(1) if given.quick else processes as pool:
+                figures = pool.submit(watch, trainer, options).result()
+            figures["process"] = time.perf_counter() - began
+            for figure, value in figures.items():
+                measured[f"{figure}, {way}"].append(value)
+
+    peaks = zip(measured["MiB, here with 8,160"], measured["MiB, here"], strict=True)
+    measured["KiB for each picture more"] = [(more - few) * 1024 / 7140 for more, few in peaks]
+    cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0]
+    names = [name for name in ("torch", "torchvision", "pythae") if util.find_spec(name)]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    table = f"""- Machine: {cpu}, {os.cpu_count()} cores, {device}; {dataset}
+- Versions: Python {sys.version.split()[0]}, {versions}
+- Measured: {time.strftime("%Y-%m-%d %H:%M")} by `python {" ".join(sys.argv)}`
+
+| | median | ratio | lowest | highest | target | |
+| --- | --- | --- | --- | --- | --- | --- |
+"""
+    table += "\n".join(ratio_row(measured, *target) for target in TARGETS)
+    print(table)
+    if given.output or not given.quick:
+        output = given.output or ROOT / "results" / "training_speed.md"
+        notes = output.read_text().partition(NOTES)[2] if output.exists() else "\n"
+        output.write_text(f"# Training speed\n\n{table}\n\n{NOTES}{notes}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,9 @@
 """Oxford Flowers102 on disk: found, checked, and downloaded where it is missing."""
 
 import shutil
-import socket
 import sys
 import tarfile
-from contextlib import nullcontext, redirect_stderr
 from http.client import HTTPException
-from io import StringIO
 from multiprocessing import TimeoutError as PoolTimeoutError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -15,7 +12,8 @@ from urllib.request import urlopen
 
 from filelock import FileLock
 from torchvision.datasets import Flowers102
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
 
 TIMEOUT = 8.0
 """Seconds that the server has to answer in, and that a download may stand still for."""
@@ -31,71 +29,64 @@ def is_on_disk(data_root: Path) -> bool:
 def find_pictures(data_root: Path, split: str) -> tuple[list[Path], list[int]]:
     """Return the paths and labels (0 to 101) of an official split, in torchvision's order.
 
-    Args:
-        data_root: the folder that holds ``flowers-102``.
-        split: ``"train"``, ``"val"`` or ``"test"``.
-
     Raises:
-        ValueError: if a .mat file is damaged (the message names it), the split has no pictures,
-            or a label is out of range.
+        ValueError: if a .mat file is damaged, the split has no pictures, or a label is not one of
+            Flowers102's.
     """
-    folder = data_root / "flowers-102"
-    for name, md5 in (Flowers102._file_dict[part] for part in ("label", "setid")):
-        if not check_integrity(folder / name, md5):
-            damage = f"is damaged: its MD5 sum is not {md5}"
-            raise ValueError(f"{folder / name} {damage}. Delete it and run again")
     try:
         dataset = Flowers102(data_root, split)
         if not dataset._labels or not set(dataset._labels) <= set(range(102)):
             raise ValueError(f"the {split} split needs pictures, with labels from 1 to 102")
     # SciPy and torchvision raise almost anything where a file holds something else.
     except Exception as error:
-        files, reason = f"the .mat files in {folder}", f"{type(error).__name__}: {error}"
-        raise ValueError(f"{files} do not fit ({reason}). Delete them and run again") from None
+        files, reason = f"the .mat files in {data_root / 'flowers-102'}", str(error).split("\n")[0]
+        raise ValueError(f"{files} are damaged ({reason}): delete them and run again") from None
     return dataset._image_files, dataset._labels
 
 
 def download(data_root: Path) -> None:
-    """Download Flowers102 (345 MB) to ``data_root``, with a progress bar, and unpack it.
+    """Download Flowers102 (345 MB) to ``data_root`` and unpack it.
 
-    What is there already and has the right MD5 sum is not downloaded again. A second process
-    waits until the first one is done, and then finds everything there.
+    What is there already is not downloaded again. A second process waits until the first one is
+    done, and then finds everything there.
 
     Raises:
         ConnectionError: if the server cannot be reached in ``TIMEOUT`` seconds, answers with an
             error, or stops answering for as long.
-        ValueError: if what came is damaged, or something other than a file is in its place.
+        ValueError: if what came is damaged.
         OSError: if it cannot be written to ``data_root``.
     """
     folder, prefix = data_root / "flowers-102", Flowers102._download_url_prefix
     url = prefix + Flowers102._file_dict["setid"][0]
-    timeout_before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torchvision's download sets none.
     try:
         # In a thread of its own, because looking a name up knows no time-out.
         with ThreadPool(1) as pool:
-            pool.apply_async(urlopen, (url,)).get(TIMEOUT).close()
+            pool.apply_async(urlopen, (url, None, TIMEOUT)).get(TIMEOUT).close()
         folder.mkdir(parents=True, exist_ok=True)
-        bars = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
         with FileLock(folder / ".lock"):
             for part, (name, md5) in Flowers102._file_dict.items():
-                path, url = folder / name, prefix + name
-                # Opening a FIFO would wait for somebody to read from it.
-                if path.exists() and not path.is_file():
-                    raise ValueError(f"{path} is not a regular file: remove it and run again")
+                url = prefix + name
                 if part != "image" or not (folder / "jpg").is_dir():
-                    with bars:
-                        download_url(url, folder, md5=md5)
+                    _fetch(url, folder / name, md5)
             if not (folder / "jpg").is_dir():
                 _unpack(folder / Flowers102._file_dict["image"][0], folder)
     except (URLError, HTTPException, ConnectionError, TimeoutError, PoolTimeoutError) as error:
-        reason = str(error) or f"no answer in {TIMEOUT:.0f} s"
+        reason = str(error).strip() or f"no answer in {TIMEOUT:.0f} s"
         raise ConnectionError(f"{url}: {reason}") from None
-    except RuntimeError:
-        damage = f"is incomplete or damaged: its MD5 sum is not {md5}"
-        raise ValueError(f"{path}, downloaded from {url}, {damage}. Run again") from None
-    finally:
-        socket.setdefaulttimeout(timeout_before)
+
+
+def _fetch(url: str, path: Path, md5: str) -> None:
+    """Download a file that is not there yet, with a bar on terminals; ``path`` is never partial."""
+    if check_integrity(path, md5):
+        return
+    part = path.with_suffix(".part")
+    with urlopen(url, timeout=TIMEOUT) as answer, open(part, "wb") as file:
+        bar = {"total": answer.length, "desc": path.name, "disable": None}
+        with tqdm.wrapattr(answer, "read", **bar) as content:
+            shutil.copyfileobj(content, file)
+    if not check_integrity(part, md5):
+        raise ValueError(f"{url} came incomplete or damaged: its MD5 sum is not {md5}. Run again")
+    part.replace(path)
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -108,7 +99,6 @@ def _unpack(archive: Path, folder: Path) -> None:
             tar.extractall(unpacked, filter="data")
         (unpacked / "jpg").rename(folder / "jpg")
     except (tarfile.TarError, EOFError, FileNotFoundError) as error:
-        reason = f"cannot be unpacked: {error}"
-        raise ValueError(f"{archive} {reason}. Delete it and run again") from None
+        raise ValueError(f"{archive} cannot be unpacked ({error}): delete it") from None
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)

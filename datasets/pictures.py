@@ -96,7 +96,7 @@ def augment(images: Tensor) -> Tensor:
     x = [mirror * cos, -sin * height / width, 2 * SHIFT * right]
     y = [mirror * sin * width / height, cos, 2 * SHIFT * down]
     matrices = torch.stack(x + y, dim=1).view(batch, 2, 3)
-    grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     colours = 1 + COLOUR * draws[:, 5:, None, None]
     tinted = torch.empty_like(moved, memory_format=torch.channels_last)
@@ -115,11 +115,13 @@ class Splits(NamedTuple):
     @property
     def image_resolution(self) -> tuple[int, int]:
         """(height, width) of the pictures."""
-        return tuple(self.train.pixels.shape[1:3])
+        height, width = self.train.pixels.shape[1:3]
+        return height, width
 
     def to(self, device: torch.device | str) -> "Splits":
         """Return the same splits on ``device``."""
-        return Splits(*(pictures.to(device) for pictures in self[:3]), *self[3:])
+        train, val, test = (pictures.to(device) for pictures in self[:3])
+        return self._replace(train=train, val=val, test=test)
 
 
 def load_splits(
@@ -135,7 +137,7 @@ def load_splits(
             its server can be reached, else the synthetic flowers.
         data_root: the folder that holds, or is to hold, ``flowers-102``.
         image_resolution: (height, width).
-        progress: show progress bars while pictures are decoded.
+        progress: say on stderr which pictures are prepared, with bars on terminals.
 
     Raises:
         ValueError: for an unknown data set, damaged files, pictures that do not fit in memory, or
@@ -143,23 +145,28 @@ def load_splits(
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset is {dataset!r}: one of {', '.join(DATASETS)} is needed")
-    _check_memory(*image_resolution)
+    height, width = image_resolution
+    # A byte a value for all pictures; as floats, for PCA, the 1,020 training pictures three times.
+    needed = height * width * 3 * (8189 + 12 * 1020)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"pictures of {height}x{width} need {needed / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free: take smaller ones (--image-size)"
+        )
     fallback = None
     if dataset != "synthetic" and not flowers102.is_on_disk(data_root):
-        advice = "name another folder with --data-root, or take --dataset synthetic"
+        advice = "Name another folder with --data-root, or take --dataset synthetic"
+        print(f"Downloading Flowers102 (345 MB) to {data_root}", file=sys.stderr)
         try:
-            print(f"Downloading Flowers102 to {data_root}", file=sys.stderr)
             flowers102.download(data_root)
         except ConnectionError as error:
-            fallback = (
-                f"Flowers102 is not in {data_root}, and its server cannot be reached ({error})"
-            )
+            folder = data_root / "flowers-102"
+            fallback = f"Flowers102 is not in {folder}, and its server cannot be reached ({error})"
             if dataset == "flowers102":
-                folder = data_root / "flowers-102"
-                raise ValueError(f"{fallback}. Put its files into {folder}, {advice}") from None
+                raise ValueError(f"{fallback}. {advice}") from None
         except OSError as error:
-            reason = f"Flowers102 cannot be kept in {data_root}: {error}"
-            raise ValueError(f"{reason}. {advice.capitalize()}") from None
+            raise ValueError(f"{data_root} cannot hold Flowers102: {error}. {advice}") from None
     dataset = "synthetic" if fallback or dataset == "synthetic" else "flowers102"
     splits = []
     for split in synthetic.SPLITS:
@@ -168,21 +175,12 @@ def load_splits(
             paths, labels = flowers102.find_pictures(data_root, split)
             compute = partial(decode_pictures, paths, image_resolution, caption)
         else:
-            paths, labels = [Path(synthetic.__file__)], synthetic.flower_labels(split)
+            paths, labels = [Path(synthetic.__file__)], synthetic.flower_labels(split).tolist()
             compute = partial(synthetic.draw_flowers, split, image_resolution, None, caption)
-        name = "{}-{}-{}x{}".format(dataset, split, *image_resolution)
+        name = f"{dataset}-{split}-{height}x{width}"
         pixels = compute_once(name, fingerprint(paths, split, image_resolution), compute)
+        if pixels.shape[1:] != (height, width, 3):
+            raise ValueError(f"{name}: pictures of {list(pixels.shape[1:])}, three channels needed")
         splits.append(Pictures(pixels, torch.tensor(labels)))
-    return Splits(*splits, dataset, fallback)
-
-
-def _check_memory(height: int, width: int) -> None:
-    """Raise ``ValueError`` if all pictures, and what PCA makes of 1,020, will not fit in memory."""
-    # A byte a value for all pictures; as floats, three times over, for the training pictures.
-    needed = height * width * 3 * (8189 + 12 * 1020)
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise ValueError(
-            f"pictures of {height}x{width} need {needed / 1e9:.1f} GB of memory and "
-            f"{available / 1e9:.1f} GB are free: take smaller ones (--image-size)"
-        )
+    train, val, test = splits
+    return Splits(train, val, test, dataset, fallback)

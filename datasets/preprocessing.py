@@ -147,24 +147,20 @@ def compute_once(
     try:
         if path.is_file():
             with np.load(path, allow_pickle=False) as kept:
-                # Written uncompressed, it holds no more than its size; a zip bomb holds anything.
-                if any(member.compress_type for member in kept.zip.infolist()):
-                    raise ValueError("it is compressed")
-                # NumPy reads no more than a header asks for, and checksums count at the end.
-                if kept.zip.testzip():
-                    raise ValueError("a checksum is wrong")
+                # What is not compressed is no zip bomb; NumPy alone may stop before the checksum.
+                if any(part.compress_type for part in kept.zip.infolist()) or kept.zip.testzip():
+                    raise ValueError("compressed, or a checksum is wrong")
                 if kept["key"] == key:
                     return torch.from_numpy(kept["pixels"])
     # A damaged file can make NumPy and its zip reader raise almost anything.
     except Exception as error:
         warnings.warn(f"{path} is damaged and made again ({type(error).__name__})", stacklevel=2)
     pixels = compute()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary = path.with_suffix(f".{os.getpid()}.npz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, key=key, pixels=pixels)
-        os.replace(temporary, path)
+        np.savez(temporary, key=np.array(key), pixels=pixels)
+        temporary.replace(path)
     except FileNotFoundError:
         pass  # Another run was faster with the same pictures, and has cleared this one's file away.
     except OSError as error:

@@ -2,8 +2,8 @@
 
 The splits have the sizes and labels of Flowers102; in the place of its 102 species stand invented
 ones that differ in petals, colours and centre. Each picture shows one flower with a position, size,
-tilt, light and background of its own. ``flower_factors`` returns the true factors of variation
-behind every picture, with which the latent dimensions of a VAE can be compared.
+tilt, light and background of its own. The true factors of variation behind every picture are
+known (``flower_factors``), and the latent dimensions of a VAE can be compared with them.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,7 @@ from datasets.preprocessing import map_in_parallel
 
 SPLITS = ("train", "val", "test")
 
-FACTORS = (
-    *("x", "y", "radius", "rotation", "tilt_x", "tilt_y", "brightness", "light_x", "light_y"),
-    *("hue", "background", "background_light"),
-    *("petals", "rings", "inner", "width", "roundness", "fullness", "notch", "twist", "cup"),
-    *("throat", "stripe", "disc", "stamens"),
-    *("petal_red", "petal_green", "petal_blue", "tip_red", "tip_green", "tip_blue"),
-    *("throat_red", "throat_green", "throat_blue", "disc_red", "disc_green", "disc_blue"),
-)
-
-_CHANNELS = ("red", "green", "blue")
 _SEED = 102
-_LEAVES = 16
 
 # fmt: off
 # Pictures of each species in the test split of Flowers102; train and val have ten of each.
@@ -74,49 +63,12 @@ def flower_labels(split: str) -> np.ndarray:
 def flower_factors(split: str) -> np.ndarray:
     """Return the true factors of each picture, [n, len(FACTORS)] float32, in ``FACTORS``'s order.
 
-    Of the picture: the flower's centre (x to the right, y downwards) and its radius before the
-    tilt, in halves of the shorter side from the middle; rotation of the first petal, 0 to
-    2 pi / petals radians, after which a flower nearly repeats itself; tilt, a vector in the
-    direction in which the flower nods, its length the sine of the angle; brightness, a factor on
-    all values; light, a vector to where it comes from, its length the strength (0 to 1); hue, the
-    shift of the petals' colours around their circle (1: to the next); background (0 foliage,
-    1 shade, 2 soil, 3 sky, 4 meadow) and its light (0 to 1). The leaves out of focus are noise and
-    not listed.
-
-    Of the species: petals in a ring; rings (1 to 3); inner, each ring's radius over that of the one
-    around it; width, half a petal's over the angle between two; roundness and fullness, exponents
-    of the outline (see ``_petals``); notch, its depth at the tip; twist, the radians by which a
-    petal swirls; cup, the flower's depth; radii of throat, disc and stamens (0: none), the flower's
-    being 1; stripe, its strength (0 to 1).
-
-    Of both: red, green and blue (sRGB, 0 to 1) of petals, their tips, throat and disc.
+    The leaves out of focus in the background are noise and not listed.
 
     Raises:
         ValueError: if ``split`` is not one of ``SPLITS``.
     """
-    labels = flower_labels(split)
-    n = len(labels)
-    # Counted from 1, because a seed's trailing zeros change nothing.
-    rng = np.random.default_rng([_SEED, 1 + SPLITS.index(split)])
-    factors = {name: column[labels] for name, column in _species().items()}
-    tilt = rng.uniform(0, 0.7, n) * np.exp(2j * np.pi * rng.random(n))
-    light = rng.random(n) * np.exp(2j * np.pi * rng.random(n))
-    factors["tilt_x"], factors["tilt_y"] = tilt.real, tilt.imag
-    factors["light_x"], factors["light_y"] = light.real, light.imag
-    factors["x"], factors["y"] = rng.uniform(-0.3, 0.3, (2, n))
-    factors["radius"] = rng.uniform(0.6, 1.1, n)
-    factors["rotation"] = rng.uniform(0, 2 * np.pi, n) / factors["petals"]
-    factors["brightness"] = rng.uniform(0.7, 1.2, n)
-    factors["hue"] = rng.uniform(-0.5, 0.5, n)
-    factors["background"] = rng.choice(len(_BACKGROUNDS), n, p=[0.35, 0.2, 0.15, 0.1, 0.2])
-    factors["background_light"] = rng.random(n)
-    circle = np.arange(len(_PETAL_COLOURS))
-    for channel, petals, discs in zip(_CHANNELS, _PETAL_COLOURS.T, _DISC_COLOURS.T, strict=True):
-        for part in ("petal", "tip", "throat"):
-            place = factors[f"{part}_colour"] + factors["hue"]
-            factors[f"{part}_{channel}"] = np.interp(place, circle, petals, period=len(circle))
-        factors[f"disc_{channel}"] = discs[factors["disc_colour"]]
-    return np.stack([factors[name] for name in FACTORS], axis=1).astype(np.float32)
+    return np.column_stack(list(_factors(split).values()))
 
 
 def draw_flowers(
@@ -140,10 +92,10 @@ def draw_flowers(
         ValueError: if ``split`` is not one of ``SPLITS``.
         IndexError: if an index is out of range.
     """
-    factors = flower_factors(split)
+    factors = _factors(split)
     height, width = image_resolution
     # Negative indices become those that they stand for, and others that are out of range an error.
-    rows = np.arange(len(factors))[slice(None) if indices is None else indices]
+    rows = np.arange(len(factors["x"]))[slice(None) if indices is None else indices]
     pictures = np.empty((len(rows), height, width, 3), dtype=np.uint8)
     # Arrays of this many pixels stay in the processor's cache.
     chunk = max(1, 2**16 // (height * width))
@@ -152,15 +104,49 @@ def draw_flowers(
         part = rows[start : start + chunk]
         seeds = [(_SEED, 1 + SPLITS.index(split), 1 + index) for index in part.tolist()]
         rngs = [np.random.default_rng(seed) for seed in seeds]
-        leaves = np.stack([rng.random((_LEAVES, 7), dtype=np.float32) for rng in rngs])
-        pictures[start : start + chunk] = _draw(factors[part], leaves, height, width)
+        leaves = np.stack([rng.random((16, 7), dtype=np.float32) for rng in rngs])
+        f = {name: values[part, None, None] for name, values in factors.items()}
+        pictures[start : start + chunk] = _draw(f, leaves, height, width)
 
     map_in_parallel(draw, range(0, len(rows), chunk), caption, f"x{chunk} pictures")
     return pictures
 
 
+def _factors(split: str) -> dict[str, np.ndarray]:
+    """Draw the true factors of each picture, each [n] float32, colours [n, 3] (sRGB, 0 to 1)."""
+    labels = flower_labels(split)
+    n = len(labels)
+    # Counted from 1, because a seed's trailing zeros change nothing.
+    rng = np.random.default_rng([_SEED, 1 + SPLITS.index(split)])
+    species = {name: column[labels] for name, column in _species().items()}
+    tilt = rng.uniform(0, 0.7, n) * np.exp(2j * np.pi * rng.random(n))
+    light = rng.random(n) * np.exp(2j * np.pi * rng.random(n))
+    x, y = rng.uniform(-0.3, 0.3, (2, n))
+    factors = {
+        "x": x,  # of the flower's centre, to the right, in halves of the shorter side
+        "y": y,  # downwards
+        "radius": rng.uniform(0.6, 1.1, n),  # before the tilt, in halves of the shorter side
+        "rotation": rng.uniform(0, 2 * np.pi, n) / species["petals"],  # of the first petal
+        "tilt_x": tilt.real,  # towards where the flower nods, as long as the sine of the angle
+        "tilt_y": tilt.imag,
+        "brightness": rng.uniform(0.7, 1.2, n),  # a factor on all values
+        "light_x": light.real,  # towards its source, as long as it is strong (0 to 1)
+        "light_y": light.imag,
+        "hue": rng.uniform(-0.5, 0.5, n),  # steps of the petals' colours around their circle
+        "background": rng.choice(len(_BACKGROUNDS), n, p=[0.35, 0.2, 0.15, 0.1, 0.2]),
+        "background_light": rng.random(n),  # 0 to 1
+    }
+    circle = np.arange(len(_PETAL_COLOURS))
+    for name in ("petal_colour", "tip_colour", "throat_colour"):
+        at = species[name] + factors["hue"]
+        channels = [np.interp(at, circle, each, period=len(circle)) for each in _PETAL_COLOURS.T]
+        species[name] = np.stack(channels, axis=1)
+    species["disc_colour"] = _DISC_COLOURS[species["disc_colour"]]
+    return {name: values.astype(np.float32) for name, values in (factors | species).items()}
+
+
 def _species() -> dict[str, np.ndarray]:
-    """Invent the species: their factors, each [102]."""
+    """Invent the species: their factors, each [102]. Radii are shares of the flower's own."""
     rng, n = np.random.default_rng(_SEED), len(_TEST_COUNTS)
 
     def some(share: float, low: float, high: float) -> np.ndarray:
@@ -170,34 +156,39 @@ def _species() -> dict[str, np.ndarray]:
     few, lily = petals < 8, petals == 3
     petal_colour = rng.permutation(np.resize(np.arange(len(_PETAL_COLOURS)), n))
     return {
-        "petals": petals,
+        "petals": petals,  # in a ring
         "rings": np.where(few, 1 + (lily | (rng.random(n) < 0.3)), rng.integers(1, 4, n)),
-        "inner": np.where(lily, 0.95, rng.uniform(0.65, 0.8, n)),
-        "width": np.where(lily, rng.uniform(0.4, 0.55, n), rng.uniform(0.5, 0.9, n)),
-        "roundness": rng.uniform(1, 3, n),
+        "inner": np.where(lily, 0.95, rng.uniform(0.65, 0.8, n)),  # a ring's radius over the last's
+        "width": np.where(lily, rng.uniform(0.4, 0.55, n), rng.uniform(0.5, 0.9, n)),  # see _petals
+        "roundness": rng.uniform(1, 3, n),  # exponents of a petal's outline, see _petals
         "fullness": np.where(few, rng.uniform(1.2, 2.5, n), rng.uniform(1.2, 3.5, n)),
-        "notch": some(0.4, 0.08, 0.2) * few,
-        "twist": some(0.3, -0.7, 0.7),
-        "cup": rng.uniform(0, 0.8, n),
-        "throat": np.maximum(some(0.6, 0.2, 0.5), 0.05),
-        "stripe": some(0.3, 0.4, 0.9),
-        "disc": np.where(few, rng.uniform(0.08, 0.17, n), rng.uniform(0.18, 0.38, n)),
-        "stamens": some(0.6, 0.25, 0.4) * few,
-        "petal_colour": petal_colour,
+        "notch": some(0.4, 0.08, 0.2) * few,  # its depth at a petal's tip
+        "twist": some(0.3, -0.7, 0.7),  # radians by which a petal swirls
+        "cup": rng.uniform(0, 0.8, n),  # the flower's depth
+        "throat": np.maximum(some(0.6, 0.2, 0.5), 0.05),  # radius
+        "stripe": some(0.3, 0.4, 0.9),  # strength
+        "disc": np.where(few, rng.uniform(0.08, 0.17, n), rng.uniform(0.18, 0.38, n)),  # radius
+        "stamens": some(0.6, 0.25, 0.4) * few,  # radius of their ring; 0: none
+        "petal_colour": petal_colour,  # places on the circle of colours
         "tip_colour": petal_colour + rng.integers(-1, 2, n),
         "throat_colour": rng.choice([0, 2, 6, 10], n),
         "disc_colour": rng.integers(len(_DISC_COLOURS), size=n),
     }
 
 
-def _draw(factors: np.ndarray, leaves: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Draw [n, height, width, 3] uint8 from factors, [n, len(FACTORS)], and leaves, [n, 16, 7].
+FACTORS = tuple(
+    name.replace("colour", channel)
+    for name in _factors("train")
+    for channel in (("red", "green", "blue") if name.endswith("_colour") else ("",))
+)
+"""Names of the true factors of a picture; what each of them means stands where it is drawn."""
+
+
+def _draw(f: dict[str, np.ndarray], leaves: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Draw [n, height, width, 3] uint8 from factors, each [n, 1, 1], and leaves, [n, 16, 7].
 
     Points and directions are complex numbers, x + iy; a leaf is seven numbers in 0..1.
     """
-    f = {name: column[:, None, None] for name, column in zip(FACTORS, factors.T, strict=True)}
-    for part in ("petal", "tip", "throat", "disc"):
-        f[f"{part}_colour"] = np.stack([f[f"{part}_{channel}"] for channel in _CHANNELS], axis=-1)
     f["light"], tilt = f["light_x"] + 1j * f["light_y"], f["tilt_x"] + 1j * f["tilt_y"]
     pixel = 2 / min(height, width)
     x, y = (np.arange(size, dtype=np.float32) + 0.5 - size / 2 for size in (width, height))

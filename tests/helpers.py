@@ -86,16 +86,18 @@ def read_losses(folder: Path) -> np.ndarray:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """Weights, TensorBoard points, metrics and pictures are the same to the bit."""
-    weights, others = (load_checkpoint(run / "checkpoint.pt")["model"] for run in (folder, other))
-    assert weights.keys() == others.keys()
-    for name, value in weights.items():
-        assert torch.equal(value, others[name]), name
+    """Weights, latents, TensorBoard points, metrics and pictures are the same to the bit."""
+    checkpoints = [load_checkpoint(run / "checkpoint.pt") for run in (folder, other)]
+    for part in ("model", "latents"):
+        tensors, others = (checkpoint[part] for checkpoint in checkpoints)
+        assert tensors.keys() == others.keys()
+        for name, value in tensors.items():
+            assert torch.equal(value, others[name]), name
     assert read_events(folder) == read_events(other)
     metrics, others = (json.loads((run / "metrics.json").read_bytes()) for run in (folder, other))
     changing = {"seconds": None, "config": None}
     assert metrics | changing == others | changing
-    for name in ("reconstructions.png", "samples.png"):
+    for name in ("reconstructions.png", "samples.png", "samples_prior.png"):
         assert (folder / name).read_bytes() == (other / name).read_bytes()
 
 

@@ -222,7 +222,8 @@ def test_every_epoch_shows_five_test_pictures_and_their_reconstructions(run, spl
 def test_a_run_leaves_its_checkpoint_metrics_pictures_and_events_and_nothing_else(run):
     names = {path.name for path in run.iterdir() if "tfevents" not in path.name}
     assert names == {
-        *(".lock", "checkpoint.pt", "metrics.json", "reconstructions.png", "samples.png"),
+        *(".lock", "checkpoint.pt", "metrics.json"),
+        *("reconstructions.png", "samples.png", "samples_prior.png"),
         *("00000", "projector_config.pbtxt", *(f"loss_{name}" for name in LOSSES)),
     }
 
@@ -242,6 +243,7 @@ def test_a_command_trains_and_prints_the_posts_line_for_each_epoch(command, tmp_
     ]
     metrics = json.loads((folder / "metrics.json").read_bytes())
     assert f"squared error {metrics['test']['squared_error']:.1f} per image" in output
+    assert f"from the prior {metrics['samples']['frechet']['prior']:.1f};" in output
     assert output.endswith(f"tensorboard --logdir {tmp_path / 'runs'}\n")
     assert metrics["dataset"] == "flowers102"
 

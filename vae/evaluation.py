@@ -1,5 +1,6 @@
 """How good a trained model is on pictures it has not seen, and how far PCA gets with as little."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -138,7 +139,9 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
         one: [n, features].
         other: [m, features].
     """
-    one, other = one.double(), other.double()
+    one, other = one.cpu().double(), other.cpu().double()
+    if not (one.isfinite().all() and other.isfinite().all()):
+        return math.nan  # LAPACK may crash the process over such a matrix
     shift = torch.square(one.mean(dim=0) - other.mean(dim=0)).sum()
     covariances = [
         features.T.cov(correction=0).view(2 * one.shape[1:]) for features in (one, other)

@@ -30,9 +30,10 @@ def fit_latents(model: VAE, images: Iterable[Tensor]) -> MultivariateNormal:
         images: in [0, 1], each batch [batch, channels, height, width].
     """
     means, log_vars = map(torch.cat, zip(*(model.encoder(x) for x in images), strict=True))
-    # The last term keeps the covariance invertible where a posterior has no width.
-    variances = log_vars.exp().mean(dim=0) + 1e-6
+    variances = log_vars.exp().mean(dim=0)
     covariance = means.T.cov(correction=0).view(2 * variances.shape) + variances.diag()
+    # A posterior may have no width in some direction: this much more, and float32 can invert it.
+    covariance.diagonal().add_(1e-6 * (1 + covariance.trace()))
     return MultivariateNormal(means.mean(dim=0), covariance)
 
 

@@ -1,13 +1,23 @@
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
-from vae.evaluation import evaluate, pca_squared_error
+from vae.evaluation import (
+    evaluate,
+    evaluate_samples,
+    frechet_distance,
+    pca_squared_error,
+    principal_components,
+)
 from vae.losses import LIKELIHOODS, ELBOLoss
 from vae.vae import VAE
 
@@ -113,6 +123,15 @@ def test_active_units_are_the_dimensions_whose_mean_varies_over_the_data(model, 
     assert evaluate(model, images.split(4), ELBOLoss(1))["active_units"] == 2
 
 
+def test_a_dimension_is_active_above_a_variance_of_a_hundredth(model, monkeypatch):
+    variances = torch.tensor([0.005, 0.009, 0.011, 0.02])
+    images = torch.full((4, 3, 8, 8), 0.5)
+    # Two images above the middle and two below: the variance of these pixels is exactly that.
+    images[:, 0, 0, :4] += variances.sqrt() * torch.tensor([[1], [-1], [1], [-1]])
+    monkeypatch.setattr(model.encoder, "forward", lambda x: (x[:, 0, 0, :4], x[:, 0, 0, :4]))
+    assert evaluate(model, images.split(3), ELBOLoss(1))["active_units"] == 2
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_in_its_mode(model, images, training):
     model.train(training)
@@ -134,7 +153,7 @@ def test_no_images_are_refused(model):
         evaluate(model, [], ELBOLoss(1))
 
 
-# pca_squared_error().
+# principal_components() and pca_squared_error().
 
 
 def images_of_known_spectrum(count: int, seed: int) -> Tensor:
@@ -146,47 +165,253 @@ def images_of_known_spectrum(count: int, seed: int) -> Tensor:
     return (0.5 + weights @ directions.T).view(count, 3, 8, 8)
 
 
+def exact_components(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The mean image and the directions, in columns, of a full SVD in float64."""
+    x = images.flatten(1).double()
+    directions = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False).Vh[:count]
+    return x.mean(dim=0), directions.T
+
+
 def exact_pca_error(train: Tensor, test: Tensor, components: int) -> float:
-    """What NumPy's SVD in float64 leaves over of each test image."""
-    x = train.flatten(1).double().numpy()
-    y = test.flatten(1).double().numpy() - x.mean(axis=0)
-    directions = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)[2][:components]
-    return ((y - y @ directions.T @ directions) ** 2).sum(axis=1).mean()
+    """What a full SVD in float64 leaves over of each test image."""
+    centre, directions = exact_components(train, components)
+    y = test.flatten(1) - centre
+    return ((y - y @ directions @ directions.T) ** 2).sum(dim=1).mean().item()
+
+
+@pytest.mark.parametrize("count", [1, 5, 10])
+def test_principal_components_are_those_of_a_full_svd_up_to_their_sign(count):
+    images = images_of_known_spectrum(300, seed=1)
+    with seeded():
+        centre, directions = principal_components(lambda: images.split(64), count)
+    exact_centre, exact_directions = exact_components(images, count)
+    assert centre == pytest.approx(exact_centre, abs=1e-5)
+    assert directions.shape == (192, count)
+    cosines = directions.T.double() @ exact_directions
+    assert cosines.abs() == pytest.approx(torch.eye(count), abs=1e-2)
+
+
+@pytest.mark.parametrize("count", [1, 5, 64])
+def test_principal_components_are_orthonormal(count):
+    images = images_of_known_spectrum(100, seed=1)
+    _, directions = principal_components(lambda: images.split(64), count)
+    assert directions.T @ directions == pytest.approx(torch.eye(count), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "count", "returned"), [(5, 4, 4), (5, 5, 4), (5, 500, 4), (30, 500, 16), (1, 3, 0)]
+)
+def test_more_components_than_the_images_span_count_as_all_that_they_span(images, count, returned):
+    x = torch.rand(images, 1, 4, 4)
+    centre, directions = principal_components(lambda: x.split(2), count)
+    assert directions.shape == (16, returned)
+    rows = x.flatten(1) - centre
+    assert rows @ directions @ directions.T == pytest.approx(rows, abs=1e-5)
+
+
+def test_principal_components_do_not_depend_on_the_batches():
+    images = images_of_known_spectrum(100, seed=1)
+    with seeded():
+        _, whole = principal_components(lambda: [images], 3)
+    with seeded():
+        _, parts = principal_components(lambda: images.split(7), 3)
+    assert parts == pytest.approx(whole, abs=1e-3)
+
+
+def test_principal_components_hold_one_batch_at_a_time():
+    held = []
+
+    def batches() -> Iterator[Tensor]:
+        arrays = []
+        for seed in range(6):
+            array = np.random.default_rng(seed).random((4, 1, 4, 4), np.float32)
+            arrays.append(weakref.ref(array))
+            yield torch.from_numpy(array)  # which keeps the array
+            del array
+            held.append(sum(each() is not None for each in arrays))
+
+    principal_components(batches, 2)
+    assert max(held) == 1
+
+
+def test_less_than_one_component_is_refused():
+    images = torch.rand(5, 1, 4, 4)
+    for components in (0, -1):
+        message = f"asked for {components} components: at least 1"
+        with pytest.raises(ValueError, match=message):
+            principal_components(lambda: [images], components)
+        with pytest.raises(ValueError, match=message):
+            pca_squared_error(lambda: [images], [images], components)
 
 
 @pytest.mark.parametrize("components", [1, 5, 10])
-def test_the_pca_error_is_what_numpys_svd_leaves_over(components):
+def test_the_pca_error_is_what_a_full_svd_leaves_over(components):
     train, test = images_of_known_spectrum(300, seed=1), images_of_known_spectrum(60, seed=2)
     with seeded():
-        error = pca_squared_error(train.split(64), test.split(64), components)
-    # Two power iterations (niter=2, PyTorch's default) would be 1 % off with 10 components.
+        error = pca_squared_error(lambda: train.split(64), test.split(64), components)
+    # Two passes would be 1 % off with 10 components.
     assert error == pytest.approx(exact_pca_error(train, test, components), rel=1e-3)
 
 
 def test_with_as_many_components_as_they_span_training_images_are_exact():
     train = torch.rand(5, 1, 4, 4)
-    assert pca_squared_error([train], [train], 4) < 1e-9
-    assert pca_squared_error([train], [train], 3) > 1e-3
+    assert pca_squared_error(lambda: [train], [train], 4) < 1e-9
+    assert pca_squared_error(lambda: [train], [train], 3) > 1e-3
 
 
 @pytest.mark.parametrize("components", [5, 500])
-@pytest.mark.parametrize("copies", [1, 4])
-def test_more_components_than_training_images_span_count_as_all_that_they_span(components, copies):
-    # Five images span four directions around their mean, however often they come.
+def test_the_pca_error_is_that_of_all_components_where_more_are_asked_for(components):
     train, test = torch.rand(5, 1, 4, 4), torch.rand(3, 1, 4, 4)
-    expected = exact_pca_error(train, test, 4)
-    error = pca_squared_error([train.repeat(copies, 1, 1, 1)], [test], components)
-    assert error == pytest.approx(expected, rel=1e-3)
+    error = pca_squared_error(lambda: [train], [test], components)
+    assert error == pytest.approx(exact_pca_error(train, test, 4), rel=1e-3)
 
 
 def test_the_images_that_pca_is_measured_on_stay_as_they_are():
     train, test = torch.rand(5, 1, 4, 4), torch.rand(3, 1, 4, 4)
     before = train.clone(), test.clone()
-    pca_squared_error([train], [test], 2)
+    pca_squared_error(lambda: [train], [test], 2)
     assert torch.equal(train, before[0])
     assert torch.equal(test, before[1])
 
 
-def test_less_than_one_component_is_refused():
-    with pytest.raises(ValueError, match="asked for 0 components: at least 1"):
-        pca_squared_error([torch.rand(5, 1, 4, 4)], [torch.rand(5, 1, 4, 4)], 0)
+# frechet_distance().
+
+
+def standard_features(count: int, features: int, seed: int = 0) -> Tensor:
+    """Features whose mean is exactly 0 and whose covariance is exactly the identity."""
+    x = torch.randn(count, features, generator=torch.Generator().manual_seed(seed)).double()
+    x -= x.mean(dim=0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / count)).T
+
+
+def test_the_frechet_distance_of_features_to_themselves_is_0():
+    features = torch.randn(50, 5) @ torch.randn(5, 5) + 3
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(features, features.flip(0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_shift_counts_its_squared_length():
+    features = torch.randn(50, 3) @ torch.randn(3, 3)
+    shifted = features + torch.tensor([1.0, -2, 2])
+    assert frechet_distance(features, shifted) == pytest.approx(9, rel=1e-5)
+
+
+def test_standard_deviations_count_their_squared_differences():
+    one = standard_features(12, 3, seed=1) * torch.tensor([1, 2, 5])
+    other = standard_features(20, 3, seed=2) * torch.tensor([1, 5, 4])
+    assert frechet_distance(one, other) == pytest.approx(0 + 9 + 1)
+    assert frechet_distance(one, other + 2) == pytest.approx(0 + 9 + 1 + 3 * 4)
+
+
+def test_features_that_do_not_vary_are_a_gaussian_of_no_width():
+    one = standard_features(12, 3, seed=1) * torch.tensor([1, 2, 0])
+    other = standard_features(20, 3, seed=2) * torch.tensor([0, 5, 0])
+    assert frechet_distance(one, other) == pytest.approx(1 + 9 + 0, abs=1e-6)
+
+
+def test_the_frechet_distance_of_one_feature():
+    one, other = standard_features(9, 1) * 2 + 1, standard_features(7, 1) * 5 + 3
+    assert frechet_distance(one, other) == pytest.approx(4 + 9)
+
+
+def test_the_frechet_distance_is_the_formula_with_scipys_square_root():
+    torch.manual_seed(0)
+    one, other = torch.randn(40, 6) @ torch.randn(6, 6), torch.randn(90, 6) @ torch.randn(6, 6) + 1
+    a, b = (np.cov(each.numpy().T.astype(float), bias=True) for each in (one, other))
+    shift = ((one.mean(dim=0) - other.mean(dim=0)) ** 2).sum().item()
+    expected = shift + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_frechet_distance_is_the_same_both_ways():
+    torch.manual_seed(0)
+    one, other = torch.randn(40, 6) @ torch.randn(6, 6), torch.randn(90, 6) + 1
+    assert frechet_distance(one, other) == pytest.approx(frechet_distance(other, one), rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_have_no_frechet_distance(value):
+    one, other = torch.randn(2, 9, 3)
+    one[4, 1] = value
+    assert math.isnan(frechet_distance(one, other))
+    assert math.isnan(frechet_distance(other, one))
+
+
+# evaluate_samples().
+
+
+def mean_to_nearest(pictures: Tensor, train: Tensor) -> float:
+    """The squared distance to the nearest training image, mean over the pictures."""
+    distances = (pictures.flatten(1)[:, None] - train.flatten(1)[None]) ** 2
+    return distances.sum(dim=2).amin(dim=1).mean().item()
+
+
+@pytest.fixture
+def measured(model, images) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is measured of samples, and the same by hand, with the same random numbers."""
+    test = images_of_known_spectrum(80, seed=3)
+    latents = MultivariateNormal(torch.tensor([3.0, 0, -2, 1]), 0.3 * torch.eye(4) + 0.2)
+    with seeded(1):
+        metrics = evaluate_samples(model, latents, lambda: images.split(4), lambda: test.split(32))
+    with seeded(1), torch.no_grad():
+        centre, directions = principal_components(lambda: test.split(32), 64)
+        drawn = {
+            "fitted": model.decoder(latents.sample((80,))),
+            "prior": model.decoder(torch.randn(80, 4)),
+            "reconstructions": torch.cat([model(x)[0] for x in test.split(32)]),
+        }
+        looked_up = {
+            "samples": model.decoder(latents.sample((1000,))),
+            "test": torch.cat([model(x)[0] for x in test.split(32)]),
+            "train": torch.cat([model(x)[0] for x in images.split(4)]),
+        }
+    features = {
+        name: (x.flatten(1) - centre) @ directions for name, x in (drawn | {"test": test}).items()
+    }
+    expected = {
+        "frechet": {name: frechet_distance(features[name], features["test"]) for name in drawn},
+        "nearest": {name: mean_to_nearest(x, images) for name, x in looked_up.items()},
+    }
+    return metrics, expected
+
+
+def test_three_kinds_of_pictures_are_compared_with_the_test_images_in_64_components(measured):
+    metrics, expected = measured
+    assert metrics["frechet"] == pytest.approx(expected["frechet"], rel=1e-3)
+    assert len({round(value, 2) for value in metrics["frechet"].values()}) == 3
+
+
+def test_samples_and_reconstructions_are_compared_with_their_nearest_training_images(measured):
+    metrics, expected = measured
+    assert metrics["nearest"] == pytest.approx(expected["nearest"], rel=1e-4)
+    assert len({round(value, 2) for value in metrics["nearest"].values()}) == 3
+
+
+def test_a_decoder_that_ignores_its_latent_is_as_far_as_its_one_picture(model, images):
+    with torch.no_grad():
+        model.decoder.fc.weight.zero_()
+        picture = model.decoder(torch.zeros(1, 4))
+    test = torch.rand(9, 3, 8, 8)
+    prior = MultivariateNormal(torch.zeros(4), torch.eye(4))
+    metrics = evaluate_samples(model, prior, lambda: images.split(4), lambda: test.split(4))
+    # Nine images span eight components, and vary in no other direction.
+    centre, directions = exact_components(test, 8)
+    shift = (picture.flatten() - centre) @ directions
+    expected = (shift**2).sum().item() + test.var(dim=0, correction=0).sum().item()
+    names = ("reconstructions", "fitted", "prior")
+    assert metrics["frechet"] == pytest.approx(dict.fromkeys(names, expected), rel=1e-3)
+    expected = mean_to_nearest(picture, images)
+    names = ("samples", "test", "train")
+    assert metrics["nearest"] == pytest.approx(dict.fromkeys(names, expected), rel=1e-4)
+
+
+def test_the_nearest_training_images_are_sought_for_the_first_thousand_of_a_split(model, images):
+    with torch.no_grad():
+        model.encoder.fcv.weight.zero_()
+        model.encoder.fcv.bias.fill_(-100)  # no width: reconstructions are those through the mean
+    test = torch.rand(1030, 3, 8, 8)
+    prior = MultivariateNormal(torch.zeros(4), torch.eye(4))
+    metrics = evaluate_samples(model, prior, lambda: [images], lambda: test.split(64))
+    with torch.no_grad():
+        expected = mean_to_nearest(model.reconstruct(test[:1000]), images)
+    assert metrics["nearest"]["test"] == pytest.approx(expected, rel=1e-5)

@@ -92,8 +92,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             # What PyTorch makes of strange files is said below, in one line.
             warnings.simplefilter("ignore")
             checkpoint = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
-        if not all(isinstance(checkpoint[part], dict) for part in ("model", "config")):
-            raise TypeError("its 'model' and 'config' are not dictionaries")
+            if not all(isinstance(checkpoint[part], dict) for part in ("model", "config")):
+                raise TypeError("its 'model' and 'config' are not dictionaries")
     except OSError:
         raise
     except Exception as error:

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+import signal
 import sys
 import threading
 from argparse import Namespace
@@ -86,6 +88,19 @@ def read_inference_line(description: str, arguments: Sequence[str] | None = None
     return command
 
 
+def take_terminal() -> None:
+    """Prepare a script for whatever its terminal is, before it imports what takes its time.
+
+    Ctrl-C is one line from here on, a stream that is closed is written to in vain, and what the
+    terminal's encoding lacks is written as its number.
+    """
+    signal.signal(signal.SIGINT, lambda *_: end(128 + signal.SIGINT, "Stopped by SIGINT."))
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the program with one line and an exit status where something goes wrong inside.
@@ -100,6 +115,7 @@ def one_line_errors() -> Iterator[None]:
     hook, threading.excepthook = threading.excepthook, leave_to_main
     try:
         yield
+        sys.stdout.flush()
     except ValueError as error:
         end(2, f"error: {first_line(error)}")
     except (FloatingPointError, OSError) as error:
@@ -123,6 +139,11 @@ def leave_to_main(error: threading.ExceptHookArgs) -> None:
 def end(status: int, line: str) -> NoReturn:
     """Print the last line of a program and exit."""
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Full or gone: Python would try again on its way out, and say so in lines of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 

@@ -5,6 +5,7 @@ So ``--help``, and every refusal that needs no data, come before PyTorch has bee
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -99,6 +100,8 @@ class Options:
             if plain is None or not needed.holds(plain):
                 words = needed.words or each.type.__name__
                 raise ValueError(f"{flag(each.name)} is {value!r}: {words} is needed")
+            # A resumed run finds its pictures from another folder, too.
+            plain = os.path.abspath(plain) if each.name == "data_root" else plain
             object.__setattr__(self, each.name, plain)
         if self.beta_schedule == "linear" and not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(
@@ -183,8 +186,10 @@ def read_command_line(description: str, arguments: Sequence[str] | None = None) 
         options = Options(**PRESETS[preset] | given)
         name = resume or options.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         folder = Path(options.log_dir) / name
-        if resume is not None and not folder.is_dir():
-            folder = Path(resume)
+        if resume is not None:
+            # A run on synthetic flowers has that in its name.
+            known = (folder, folder.with_name(f"{folder.name}-synthetic"))
+            folder = next((each for each in known if each.is_dir()), Path(resume))
         check_folder(folder, start)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -30,6 +30,19 @@ LOOK_EVERY = 10
 COMPARED = ("squared_error", "squared_error_mean", "psnr", "kl", "active_units")
 
 
+def opening(run: Run, model: VAE, splits: Splits, epoch: int) -> str:
+    """Return what a run says at its start: on what it is trained, where, and from which epoch."""
+    counts = "{:,} training, {:,} validation and {:,} test pictures".format(*map(len, splits[:3]))
+    height, width = splits.image_resolution
+    parameters = sum(weight.numel() for weight in model.parameters())
+    going = f"goes on at epoch {epoch} of" if epoch else "is trained for"
+    return (
+        f"{splits.dataset}: {counts} of {height}x{width}\n"
+        f"A VAE of {parameters:,} parameters {going} {run.options.epochs} epochs on {run.device}\n"
+        f"Its folder: {run.folder}"
+    )
+
+
 def write_losses(
     writer: SummaryWriter, losses: list[Tensor], epoch: int
 ) -> tuple[float, float, float]:
@@ -98,7 +111,6 @@ def report(run: Run, model: VAE, splits: Splits) -> dict[str, Any]:
     loss = ELBOLoss(options.beta, options.likelihood)
     components = options.latent_size
     latents = fit_latents(model, splits.train.batches())
-    save_latents(latents, run.folder / "checkpoint.pt")
     metrics = {
         "dataset": splits.dataset,
         "epochs": options.epochs,
@@ -139,6 +151,7 @@ def report(run: Run, model: VAE, splits: Splits) -> dict[str, Any]:
     scores = {f"test/{name}": metrics["test"][name] for name in COMPARED}
     run.writer.add_hparams(experiment | {"dataset": splits.dataset}, scores, run_name=".")
     write_latents(run.writer, model, splits)
+    save_latents(latents, run.folder / "checkpoint.pt")  # the last: where they are, all is done
     return metrics
 
 

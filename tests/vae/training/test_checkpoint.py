@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributions import MultivariateNormal
 
 from vae.training.checkpoint import (
     MARK,
@@ -15,6 +16,7 @@ from vae.training.checkpoint import (
     load_weights,
     replace_atomically,
     save_checkpoint,
+    save_latents,
 )
 from vae.vae import VAE
 
@@ -131,6 +133,72 @@ def test_what_cannot_be_saved_leaves_the_checkpoint_before_it(path):
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         save_checkpoint({}, tmp_path / "nowhere" / "checkpoint.pt")
+
+
+# The fitted latents.
+
+
+MEAN, COVARIANCE = torch.tensor([1.0, -2.0]), torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+
+
+def test_the_latents_of_a_checkpoint_read_as_they_were_saved(path):
+    save_latents(MultivariateNormal(MEAN, COVARIANCE), path)
+    _, _, latents = load_model(path)
+    assert torch.equal(latents.mean, MEAN)
+    assert torch.equal(latents.covariance_matrix, COVARIANCE)
+
+
+def test_the_latents_leave_the_rest_of_the_checkpoint_as_it_was(path):
+    before = load_checkpoint(path)
+    save_latents(MultivariateNormal(MEAN, COVARIANCE), path)
+    after = load_checkpoint(path)
+    assert after.keys() == before.keys() | {"latents"}
+    assert plain(after) == plain(before)
+
+
+def test_latents_saved_again_take_the_place_of_those_before(path):
+    save_latents(MultivariateNormal(MEAN, COVARIANCE), path)
+    save_latents(MultivariateNormal(-MEAN, torch.eye(2)), path)
+    _, _, latents = load_model(path)
+    assert torch.equal(latents.mean, -MEAN)
+    assert torch.equal(latents.covariance_matrix, torch.eye(2))
+
+
+def test_before_a_runs_end_a_checkpoint_has_no_latents(path):
+    assert load_model(path)[2] is None
+
+
+LATENTS = {"mean": MEAN, "covariance": COVARIANCE}
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [
+        LATENTS | {"mean": torch.zeros(3)},
+        LATENTS | {"mean": torch.zeros(2, 2)},
+        LATENTS | {"mean": MEAN.double()},
+        LATENTS | {"mean": torch.tensor([1.0, float("nan")])},
+        LATENTS | {"mean": [1.0, -2.0]},
+        LATENTS | {"covariance": torch.eye(3)},
+        LATENTS | {"covariance": torch.ones(2)},
+        LATENTS | {"covariance": COVARIANCE * float("inf")},
+        LATENTS | {"covariance": -COVARIANCE},
+        LATENTS | {"covariance": torch.tensor([[1.0, 2.0], [2.0, 1.0]])},
+        LATENTS | {"covariance": torch.tensor([[2.0, 0.5], [0.0, 1.0]])},
+        LATENTS | {"covariance": torch.zeros(2, 2)},
+        {"mean": MEAN},
+        {"covariance": COVARIANCE},
+        [MEAN, COVARIANCE],
+        MEAN,
+        "N(0, I)",
+        3,
+    ],
+)
+def test_latents_that_are_no_gaussian_of_the_models_size_are_refused_in_one_line(path, latents):
+    save_checkpoint(load_checkpoint(path) | {"latents": latents}, path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt does not hold this model: .") as error:
+        load_model(path)
+    assert "\n" not in str(error.value)
 
 
 # Reading what is no good checkpoint.
@@ -282,10 +350,11 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "content", [3, [1, 2], torch.ones(2), {}, {"model": {}}, {"config": {}}, {"state_dict": {}}]
 )
-def test_a_foreign_checkpoint_is_refused(tmp_path, content):
+def test_a_foreign_checkpoint_is_refused_without_pytorchs_warnings(tmp_path, recwarn, content):
     torch.save(content, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match=r"foreign\.pt is not a checkpoint of this model"):
         load_checkpoint(tmp_path / "foreign.pt")
+    assert not recwarn.list
 
 
 def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path):

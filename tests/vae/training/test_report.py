@@ -2,6 +2,7 @@ import io
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import Flowers102
 
-from vae.evaluation import evaluate, pca_squared_error
+from vae.evaluation import evaluate, evaluate_samples, pca_squared_error
+from vae.latent import fit_latents
 from vae.losses import ELBOLoss
 from vae.training import report
-from vae.training.checkpoint import load_model
+from vae.training.checkpoint import load_checkpoint, load_model
 from vae.training.options import Options
 from vae.vae import VAE
+from vae_training import train
 
 COMPARED = ("squared_error", "squared_error_mean", "psnr", "kl", "active_units")
 SPECIES = {"flowers102": Flowers102.classes, "synthetic": [str(label) for label in range(102)]}
@@ -28,16 +31,56 @@ SPECIES = {"flowers102": Flowers102.classes, "synthetic": [str(label) for label 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, splits) -> Path:
-    """The folder of a small run."""
+    """The folder of a small run that looks every epoch, and whose beta ends below its final one."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train_small(folder, splits, learning_rate=1e-2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "LOOK_EVERY", 1)
+        warm_up = {"beta_schedule": "linear", "warmup_epochs": 3}
+        train_small(folder, splits, learning_rate=1e-2, **warm_up)
     return folder
+
+
+@pytest.fixture(scope="module")
+def again(run, splits) -> dict[str, Any]:
+    """What the run's report measured and drew, once more, with its random numbers."""
+    model, _, latents = load_model(run / "checkpoint.pt")
+    train, val, test = splits[:3]
+    loss = ELBOLoss(0.1)
+    seed_as(0, SMALL["epochs"])
+    with torch.no_grad():
+        return {
+            "train": evaluate(model, train.batches(), loss),
+            "val": evaluate(model, val.batches(), loss),
+            "test": evaluate(model, test.batches(), loss),
+            "samples": evaluate_samples(model, latents, train.batches, test.batches),
+            "pca": pca_squared_error(train.batches, test.batches(), 2),
+            "reconstructions.png": model(test[:32][0])[0],
+            "samples.png": model.decoder(latents.sample((64,))),
+            "samples_prior.png": model.sample(64),
+        }
 
 
 @pytest.fixture
 def model() -> VAE:
+    """A model whose latents are not where the prior is, and whose pictures differ."""
     torch.manual_seed(0)
-    return VAE((8, 8), 2, 3).eval()
+    model = VAE((8, 8), 2, 3).eval()
+    with torch.no_grad():
+        model.encoder.fcm.weight.mul_(30)
+        model.encoder.fcm.bias.copy_(torch.tensor([3.0, -2.0]))
+        model.encoder.fcv.bias.fill_(-3)
+        model.decoder.fc.weight.mul_(20)
+    return model
+
+
+def as_pixels(pictures: torch.Tensor) -> np.ndarray:
+    """Images in [0, 1], [batch, channels, height, width], as a picture file has them."""
+    return pictures.detach().movedim(1, -1).numpy() * 255
+
+
+def read_tiles(png: bytes) -> np.ndarray:
+    """The pictures in a grid, [count, height, width, channels]."""
+    return tiles(np.asarray(Image.open(io.BytesIO(png)))).reshape(-1, 8, 8, 3).astype(float)
 
 
 # The losses of an epoch.
@@ -86,14 +129,35 @@ def test_the_curves_are_of_the_validation_split(model, splits, tmp_path):
     assert histogram.histogram_value.sum == pytest.approx(expected["kl"], rel=1e-5)
 
 
-def test_the_look_shows_test_pairs_and_samples(model, splits, tmp_path):
+def test_the_look_shows_test_pairs(model, splits, tmp_path):
     with SummaryWriter(tmp_path) as writer:
         report.write_validation(writer, model, ELBOLoss(0.1), splits, epoch=9)
+    ((step, png),) = read_events(tmp_path)["."]["test_pairs"]
+    pairs = read_tiles(png).reshape(2, 2, 8, 8, 8, 3)
+    assert step == 9
+    shown = as_pixels(splits.test[:32:2][0]).reshape(2, 8, 8, 8, 3)
+    assert np.abs(pairs[:, 0] - shown).max() <= 1
+
+
+def test_the_look_shows_samples_of_the_training_pictures_latents_and_of_the_prior(
+    model, splits, tmp_path
+):
+    with SummaryWriter(tmp_path) as writer:
+        torch.manual_seed(3)
+        report.write_validation(writer, model, ELBOLoss(0.1), splits, epoch=9)
+    torch.manual_seed(3)
+    evaluate(model, splits.val.batches(), ELBOLoss(0.1))
+    latents = fit_latents(model, splits.train.batches())
     events = read_events(tmp_path)["."]
-    for tag, rows in (("test_pairs", 4), ("samples", 2)):
+    samples = {
+        "samples": model.decoder(latents.sample((16,))),
+        "samples_prior": model.sample(16),
+    }
+    for tag, expected in samples.items():
         ((step, png),) = events[tag]
         assert step == 9
-        assert tiles(np.asarray(Image.open(io.BytesIO(png)))).shape[:2] == (rows, 8)
+        # TensorBoard rounds down, by one step of grey at most.
+        assert np.abs(read_tiles(png) - as_pixels(expected)).max() <= 1.01
 
 
 def test_the_look_comes_every_ten_epochs(model, splits, tmp_path):
@@ -133,18 +197,37 @@ def test_odd_rows_are_test_pictures_and_even_rows_their_reconstructions(model, t
 # The files of a run.
 
 
-def test_the_metrics_are_of_pca_and_of_the_whole_splits(run, splits):
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_the_metrics_are_of_the_whole_splits(run, again, split):
+    metrics, expected = json.loads((run / "metrics.json").read_bytes())[split], again[split]
+    assert metrics.keys() == expected.keys()
+    for name in metrics.keys() - {"elbo_per_dimension"}:
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert metrics["elbo_per_dimension"] is None
+
+
+def test_the_metrics_are_at_the_final_beta_and_not_at_the_last_epochs(run):
     metrics = json.loads((run / "metrics.json").read_bytes())
-    model, *_ = load_model(run / "checkpoint.pt")
-    seed_as(0, SMALL["epochs"])
-    expected = pca_squared_error(splits.train.batches(), splits.test.batches(), components=2)
-    assert metrics["pca"] == {"components": 2, "test": pytest.approx(expected)}
+    assert read_events(run)["."]["schedule/beta"][-1] == (2, pytest.approx(0.1 * 2 / 3))
     for name in ("train", "val", "test"):
-        expected = evaluate(model, getattr(splits, name).batches(), ELBOLoss(0.1))
-        assert metrics[name].pop("elbo_per_dimension") is expected.pop("elbo_per_dimension")
-        assert metrics[name] == {
-            key: pytest.approx(value, rel=1e-5) for key, value in expected.items()
-        }
+        losses = metrics[name]
+        expected = losses["reconstruction_loss"] + 0.1 * losses["kl"]
+        assert losses["total_loss"] == pytest.approx(expected, rel=1e-6)
+        assert losses["kl"] > 1
+
+
+def test_the_metrics_have_pca_with_as_many_components_as_latent_dimensions(run, again):
+    metrics = json.loads((run / "metrics.json").read_bytes())
+    assert metrics["pca"] == {"components": 2, "test": pytest.approx(again["pca"], rel=1e-4)}
+
+
+def test_the_metrics_say_how_like_and_how_new_the_samples_are(run, again):
+    samples = json.loads((run / "metrics.json").read_bytes())["samples"]
+    assert samples.keys() == {"frechet", "nearest"}
+    assert samples["frechet"].keys() == {"reconstructions", "fitted", "prior"}
+    assert samples["nearest"].keys() == {"samples", "test", "train"}
+    for name, values in samples.items():
+        assert values == pytest.approx(again["samples"][name], rel=1e-4)
 
 
 def test_the_metrics_say_what_was_run(run):
@@ -161,17 +244,66 @@ def test_the_metrics_say_what_was_run(run):
     assert 0 < metrics["seconds"] < 600
 
 
-def test_the_pictures_are_pairs_of_test_pictures_and_64_samples(run, splits):
+def test_the_first_picture_has_pairs_of_test_pictures_and_their_reconstructions(run, again, splits):
     pairs = tiles(np.asarray(Image.open(run / "reconstructions.png")))
     assert np.array_equal(pairs[::2].reshape(32, 8, 8, 3), splits.test.pixels[:32])
-    model, *_ = load_model(run / "checkpoint.pt")
-    with torch.no_grad():
-        through_mean = model.reconstruct(splits.test[:32][0]).movedim(1, -1).numpy() * 255
-    # The pictures' z is sampled, so they are near to those through the mean and not the same.
-    assert np.abs(pairs[1::2].reshape(32, 8, 8, 3) - through_mean).mean() < 15
-    samples = tiles(np.asarray(Image.open(run / "samples.png")))
-    assert samples.shape[:2] == (8, 8)
+    expected = as_pixels(again["reconstructions.png"])
+    assert np.abs(pairs[1::2].reshape(32, 8, 8, 3) - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize("name", ["samples.png", "samples_prior.png"])
+def test_the_other_pictures_have_64_samples_of_the_fitted_latents_and_of_the_prior(
+    run, again, name
+):
+    samples = read_tiles((run / name).read_bytes())
+    assert np.abs(samples - as_pixels(again[name])).max() <= 0.51
     assert len(np.unique(samples.reshape(64, -1), axis=0)) == 64
+
+
+# The checkpoint at a run's end.
+
+
+def test_the_checkpoint_has_the_latents_fitted_to_the_training_pictures(run, splits):
+    model, _, latents = load_model(run / "checkpoint.pt")
+    expected = fit_latents(model, splits.train.batches())
+    assert latents.mean == pytest.approx(expected.mean, rel=1e-4)
+    assert latents.covariance_matrix == pytest.approx(expected.covariance_matrix, rel=1e-4)
+
+
+def test_the_checkpoint_keeps_the_model_that_was_trained(splits, tmp_path):
+    model, _ = train(Options(**SMALL), splits, tmp_path, progress=False)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
+    weights = model.state_dict()
+    assert checkpoint["model"].keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in checkpoint["model"].items())
+    assert checkpoint["epoch"] == 3
+
+
+# TensorBoard's tags.
+
+
+def test_the_scalars_tags_begin_with_the_posts_loss(run):
+    events = read_events(run)
+    for name in LOSSES:
+        assert [*events.pop(f"loss_{name}")] == ["loss"]
+    assert [*events] == ["."]
+    scalars = [tag for tag, points in events["."].items() if not isinstance(points[0][1], bytes)]
+    expected = [
+        "schedule/beta",
+        *(f"test/{name}" for name in sorted(COMPARED)),
+        *(f"validation/{name}" for name in sorted(COMPARED)),
+    ]
+    assert sorted(scalars) == expected
+    assert expected[0] > "loss"  # TensorBoard sorts them
+
+
+def test_the_images_tags_begin_with_the_posts_originals_and_reconstructions(run):
+    events = read_events(run)["."]
+    images = {tag: points for tag, points in events.items() if isinstance(points[0][1], bytes)}
+    expected = ["originals", "reconstructions", "samples", "samples_prior", "test_pairs"]
+    assert sorted(images) == expected  # as TensorBoard sorts them
+    for tag, points in images.items():
+        assert [step for step, _ in points] == [0, 1, 2], tag
 
 
 # What TensorBoard compares.
@@ -194,7 +326,8 @@ def test_hparams_hold_the_experiment_and_the_scores_of_the_test_split(run):
     for name in COMPARED:
         ((_, score),) = read_events(run)["."][f"test/{name}"]
         assert score == pytest.approx(metrics["test"][name])
-        assert score != pytest.approx(metrics["val"][name]) or name == "active_units"
+        for other in ("train", "val"):
+            assert score != pytest.approx(metrics[other][name]) or name == "active_units"
 
 
 @pytest.mark.parametrize("dataset", SPECIES)
@@ -205,6 +338,7 @@ def test_the_projector_shows_each_test_picture_with_its_own_species(tmp_path, da
     folder = tmp_path / "00000" / "test_latents"
     species = (folder / "metadata.tsv").read_text().splitlines()
     assert species == [SPECIES[dataset][label] for label in splits.test.labels.tolist()]
+    assert species[-1] == {"flowers102": "pink primrose", "synthetic": "0"}[dataset]
     model, *_ = load_model(tmp_path / "checkpoint.pt")
     with torch.no_grad():
         means, _ = model.encoder(splits.test[:][0])
@@ -233,11 +367,14 @@ def test_the_summary_says_how_good_the_model_is_and_where_to_look():
             "active_units": 9,
         },
         **{"pca": {"components": 10, "test": 90.0}, "epochs": 500, "seconds": 65.4},
+        "samples": {"frechet": {"reconstructions": 7.24, "fitted": 9.46, "prior": 18.05}},
     }
     assert report.summary(metrics, Path("my runs/first")) == (
         "Test pictures: squared error 81.3 per image (75.0 through the mean, PSNR 16.2 dB), "
         "KL 12.3 nats, 9 active latent dimensions.\n"
         "PCA with 10 components: 90.0; the model is 8.7 better.\n"
+        "Fréchet distance of new flowers to the test pictures (lower is better): drawn from the "
+        "fitted latents 9.5, from the prior 18.1; reconstructions have 7.2.\n"
         "500 epochs in 65 s. Pictures, metrics and the model are in my runs/first\n"
         "Look at the run with: tensorboard --logdir 'my runs'"
     )
