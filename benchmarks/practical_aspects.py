@@ -215,14 +215,17 @@ def main() -> None:
     changes = {name: {"epochs": EPOCHS} | each for name, each in (SETTINGS | CURVES).items()}
     folders = {name: log_dir / re.sub(r"\W", "-", name) for name in changes}
     data = {"dataset": "flowers102", "data_root": command.data_root}
-    jobs = [
-        (Options(**changes[name] | data, seed=seed), folders[name] / str(seed))
-        for seed in range(command.seeds)
-        for name in changes
+    # A point on a curve takes one seed: its neighbours differ by far more than seeds do.
+    names = [name for seed in range(command.seeds) for name in (SETTINGS if seed else changes)]
+    seeds = [names[:job].count(name) for job, name in enumerate(names)]
+    options = [
+        Options(**changes[n] | data, seed=seed) for n, seed in zip(names, seeds, strict=True)
     ]
+    runs = [folders[name] / str(seed) for name, seed in zip(names, seeds, strict=True)]
+    results: dict[str, Runs] = {name: [] for name in changes}
     with ProcessPoolExecutor(command.processes) as pool:
-        metrics = list(pool.map(train_setting, *zip(*jobs, strict=True)))
-    results = {name: metrics[i :: len(changes)] for i, name in enumerate(changes)}
+        for name, metrics in zip(names, pool.map(train_setting, options, runs), strict=True):
+            results[name].append(metrics)
 
     command.output.mkdir(parents=True, exist_ok=True)
     document = command.output / "practical_aspects.md"

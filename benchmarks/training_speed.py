@@ -1,32 +1,27 @@
 """Measure how fast training is, on Linux: ``python benchmarks/training_speed.py`` (40 minutes).
 
 This repository, the plain way of most tutorials, and pythae (if it is installed) train the post's
-network on the same pictures, in turns, so that whatever else the machine does meets all of them.
-Ratios are taken within a round. ``--runs 0`` leaves out the whole runs, and takes 5 minutes.
+network in turns, each in a new process. ``--runs 0`` leaves out whole runs: 10 minutes.
 """
-# ruff: noqa: E402 - the clock starts before most imports, and the path leads to some of them
 
-import os
 import sys
 import time
 
 import torch
 
+# ruff: noqa: E402 - the clock starts before the other imports, and a path leads to some of them
 BEGAN = time.perf_counter()
 
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
 from importlib import metadata, util
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 from torch.optim import Adam, optimizer
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import Flowers102, ImageFolder
 from torchvision.transforms import Compose, Resize, ToTensor
@@ -61,21 +56,21 @@ TARGETS = (
 def plain_vae() -> VAE:
     """Return the same network with each ReLU before its pooling, as in the post."""
     model = VAE(SIZE, latent_size=10, image_channels=3)
-    layers = model.encoder
-    layers.pool1, layers.act1 = layers.act1, layers.pool1
-    layers.pool2, layers.act2 = layers.act2, layers.pool2
-    layers.pool3, layers.act3 = layers.act3, layers.pool3
+    for number in (1, 2, 3):
+        setattr(model.encoder, f"pool{number}", torch.nn.ReLU())
+        setattr(model.encoder, f"act{number}", torch.nn.MaxPool2d(2))
     return model
 
 
 def train_plainly(options: Options, logs: Path) -> None:
     """Train as the post and most tutorials do: decode each picture anew, log at every step."""
     root, transform = options.data_root, Compose([Resize(SIZE), ToTensor()])
-    data = test_data = ImageFolder(root, transform)
     if options.dataset == "flowers102":
         data, test_data = (Flowers102(root, split, transform) for split in ("train", "test"))
-    loader = DataLoader(data, options.batch_size, shuffle=True)
-    test_batches = iter(DataLoader(test_data, 5, shuffle=True))
+    else:
+        data = test_data = ImageFolder(root, transform)
+    loader = torch.utils.data.DataLoader(data, options.batch_size, shuffle=True)
+    test_batches = iter(torch.utils.data.DataLoader(test_data, 5, shuffle=True))
     model, loss = plain_vae(), ELBOLoss(beta=0.1)
     optimiser = Adam(model.parameters(), lr=1e-4)
     with SummaryWriter(logs) as writer:
@@ -100,7 +95,7 @@ def train_here(options: Options, logs: Path, times: int = 1) -> None:
 
 
 def train_with_pythae(options: Options, logs: Path) -> None:
-    """Train the plain network with pythae; the pictures are in memory, too."""
+    """Train the plain network with pythae, whose batch size and learning rate are the post's."""
     from pythae import models, pipelines, trainers
 
     network, output = plain_vae(), models.base.base_utils.ModelOutput
@@ -108,13 +103,12 @@ def train_with_pythae(options: Options, logs: Path) -> None:
     model.encoder, model.decoder = network.encoder, network.decoder
     model.encoder.register_forward_hook(lambda _, x, y: output(embedding=y[0], log_covariance=y[1]))
     model.decoder.register_forward_hook(lambda _, z, x: output(reconstruction=x))
-    # Batches of 64 and a learning rate of 1e-4 are its defaults, too.
     config = trainers.BaseTrainerConfig(str(logs), num_epochs=options.epochs, no_cuda=True)
     images, _ = load_splits(options.dataset, Path(options.data_root), SIZE).train[:]
     pipelines.TrainingPipeline(model, config)(images.contiguous())
 
 
-def take_steps(options: Options, _: Path, plain: bool = False) -> None:
+def take_steps(options: Options, logs: Path, plain: bool = False) -> None:
     """Take an epoch's steps on a batch that lies ready: forward, loss, backward, optimiser."""
     torch.empty(2**25 - 2**13, dtype=torch.uint8)  # freed at once, as in vae/training/run.py
     order = torch.contiguous_format if plain else torch.channels_last
@@ -127,15 +121,13 @@ def take_steps(options: Options, _: Path, plain: bool = False) -> None:
         optimiser.step()
 
 
-def watch(trainer: Callable[[Options, Path], None], options: Options) -> dict[str, float]:
-    """Train, and return the seconds of an epoch, this process's peak memory, and its start."""
+def watch(trainer: Callable[..., None], options: Options) -> dict[str, float]:
+    """Train, and return an epoch's seconds (from first step to first step), peak and start."""
     times: list[float] = []
     hook = optimizer.register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
-    with TemporaryDirectory() as logs, redirect_stdout(sys.stderr):
+    with hook, TemporaryDirectory() as logs, redirect_stdout(sys.stderr):
         trainer(options, Path(logs))
-    hook.remove()
-    steps = len(times) // options.epochs
-    epoch = (times[-steps] - times[0]) / (options.epochs - 1)  # without the start and the end
+    epoch = (times[-(len(times) // options.epochs)] - times[0]) / (options.epochs - 1)
     # Not getrusage: it gives a new process the peak of the one that started it.
     peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
     return {"epoch": epoch, "MiB": int(peak) / 1024, "start": times[0] - BEGAN}
@@ -143,13 +135,13 @@ def watch(trainer: Callable[[Options, Path], None], options: Options) -> dict[st
 
 def ratio_row(measured: dict[str, list[float]], name: str, other: str, target: float) -> str:
     """Compare what was measured, round by round, with a target."""
-    ratios = [one / two for one, two in zip(measured[name], measured[other], strict=False)]
+    ones, others = measured.get(name, []), measured.get(other, [])
+    ratios = [one / two for one, two in zip(ones, others, strict=False)]
     if not ratios:
         return f"| {name} / {other} | - | - | - | - | ≤ {target} | not measured |"
-    cells = [median(measured[name]), median(ratios), min(ratios), max(ratios)]
+    cells = " | ".join(f"{cell(ratios):.3g}" for cell in (median, min, max))
     verdict = "met" if median(ratios) <= target else "**not met**"
-    figures = " | ".join(f"{cell:.3g}" for cell in cells)
-    return f"| {name} / {other} | {figures} | ≤ {target} | {verdict} |"
+    return f"| {name} / {other} | {median(ones):.3g} | {cells} | ≤ {target} | {verdict} |"
 
 
 @one_line_errors()
@@ -159,24 +151,23 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="beside the CPU (default: an accelerator)")
     parser.add_argument("--data-root", default=Options.data_root, help="folder of flowers-102")
     parser.add_argument("--runs", type=int, default=5, help="pairs of whole runs (default: 5)")
-    parser.add_argument("--output", type=Path, help="default: results/training_speed.md")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "training_speed.md")
     parser.add_argument("--quick", action="store_true", help="see that it works, and only print")
     given = parser.parse_args()
     device, folder = str(find_device(given.device)), Path(given.data_root).resolve()
     dataset = "flowers102" if flowers102.is_on_disk(folder) else "synthetic"
     rounds, runs, epochs = (1, 0, 2) if given.quick else (5, given.runs, 11)
-    measured: dict[str, list[float]] = defaultdict(list, {"1": [1.0] * rounds})
-
+    measured = {"1": [1.0] * rounds}
     with TemporaryDirectory() as scratch:
         splits = load_splits(dataset, folder, SIZE)  # decoded here, and kept for all runs
         if dataset == "synthetic":
             folder = Path(scratch)
             (folder / "flowers").mkdir()
-            for number, (picture, _) in enumerate(splits.train):
+            for number, picture in enumerate(splits.train[:][0]):
                 save_image(picture, folder / "flowers" / f"{number:04}.jpg")
         choose = partial(Options, dataset=dataset, data_root=str(folder))
         short, whole = choose(epochs=epochs, device="cpu"), choose(device="cpu")
-        ways = [
+        ways: list[tuple[str, Callable[..., None], Options]] = [
             ("here", train_here, short),
             ("here with 8,160", partial(train_here, times=8), short),
             ("plain", train_plainly, short),
@@ -188,22 +179,20 @@ def main() -> None:
         if device != "cpu":
             ways.append(("accelerator", train_here, choose(epochs=epochs, device=device)))
         pair = [("whole run here", train_here, whole), ("whole run plain", train_plainly, whole)]
+        spawn = torch.multiprocessing.get_context("spawn")
         for way, trainer, options in [*ways * rounds, *pair * runs]:
-            print(way, file=sys.stderr)
             began = time.perf_counter()
-            processes = ProcessPoolExecutor(1, get_context("spawn"))
-            with ThreadPoolExecutor(1) if given.quick else processes as pool:
+            with ThreadPoolExecutor(1) if given.quick else ProcessPoolExecutor(1, spawn) as pool:
                 figures = pool.submit(watch, trainer, options).result()
             figures["process"] = time.perf_counter() - began
             for figure, value in figures.items():
-                measured[f"{figure}, {way}"].append(value)
-
+                measured.setdefault(f"{figure}, {way}", []).append(value)
     peaks = zip(measured["MiB, here with 8,160"], measured["MiB, here"], strict=True)
     measured["KiB for each picture more"] = [(more - few) * 1024 / 7140 for more, few in peaks]
     cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0]
     names = [name for name in ("torch", "torchvision", "pythae") if util.find_spec(name)]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
-    table = f"""- Machine: {cpu}, {os.cpu_count()} cores, {device}; {dataset}
+    table = f"""- Machine: {cpu}, {torch.get_num_threads()} threads, {device}; {dataset}
 - Versions: Python {sys.version.split()[0]}, {versions}
 - Measured: {time.strftime("%Y-%m-%d %H:%M")} by `python {" ".join(sys.argv)}`
 
@@ -212,10 +201,9 @@ def main() -> None:
 """
     table += "\n".join(ratio_row(measured, *target) for target in TARGETS)
     print(table)
-    if given.output or not given.quick:
-        output = given.output or ROOT / "results" / "training_speed.md"
-        notes = output.read_text().partition(NOTES)[2] if output.exists() else "\n"
-        output.write_text(f"# Training speed\n\n{table}\n\n{NOTES}{notes}")
+    if not given.quick:
+        notes = given.output.read_text().partition(NOTES)[2] if given.output.exists() else "\n"
+        given.output.write_text(f"# Training speed\n\n{table}\n\n{NOTES}{notes}")
 
 
 if __name__ == "__main__":

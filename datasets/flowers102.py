@@ -15,30 +15,22 @@ from torchvision.datasets import Flowers102
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-TIMEOUT = 8.0
-"""Seconds that the server has to answer in, and that a download may stand still for."""
+TIMEOUT = 8.0  # seconds for the server to answer in, and for a download to stand still
 
 
 def is_on_disk(data_root: Path) -> bool:
     """Return whether ``data_root`` holds Flowers102 (pictures and both .mat files)."""
-    folder = data_root / "flowers-102"
-    names = [Flowers102._file_dict[part][0] for part in ("label", "setid")]
-    return (folder / "jpg").is_dir() and all((folder / name).is_file() for name in names)
+    parts = ("jpg", "imagelabels.mat", "setid.mat")
+    return all((data_root / "flowers-102" / part).exists() for part in parts)
 
 
 def find_pictures(data_root: Path, split: str) -> tuple[list[Path], list[int]]:
-    """Return the paths and labels (0 to 101) of an official split, in torchvision's order.
-
-    Raises:
-        ValueError: if a .mat file is damaged, the split has no pictures, or a label is not one of
-            Flowers102's.
-    """
+    """Return the paths and labels (0 to 101) of an official split, in torchvision's order."""
     try:
         dataset = Flowers102(data_root, split)
         if not dataset._labels or not set(dataset._labels) <= set(range(102)):
             raise ValueError(f"the {split} split needs pictures, with labels from 1 to 102")
-    # SciPy and torchvision raise almost anything where a file holds something else.
-    except Exception as error:
+    except Exception as error:  # SciPy and torchvision raise almost anything for damaged files
         files, reason = f"the .mat files in {data_root / 'flowers-102'}", str(error).split("\n")[0]
         raise ValueError(f"{files} are damaged ({reason}): delete them and run again") from None
     return dataset._image_files, dataset._labels
@@ -47,20 +39,17 @@ def find_pictures(data_root: Path, split: str) -> tuple[list[Path], list[int]]:
 def download(data_root: Path) -> None:
     """Download Flowers102 (345 MB) to ``data_root`` and unpack it.
 
-    What is there already is not downloaded again. A second process waits until the first one is
-    done, and then finds everything there.
+    What is there already is left alone, and a second process waits until the first one is done.
 
     Raises:
-        ConnectionError: if the server cannot be reached in ``TIMEOUT`` seconds, answers with an
-            error, or stops answering for as long.
+        ConnectionError: if the server does not answer in time, or answers with an error.
         ValueError: if what came is damaged.
         OSError: if it cannot be written to ``data_root``.
     """
     folder, prefix = data_root / "flowers-102", Flowers102._download_url_prefix
     url = prefix + Flowers102._file_dict["setid"][0]
     try:
-        # In a thread of its own, because looking a name up knows no time-out.
-        with ThreadPool(1) as pool:
+        with ThreadPool(1) as pool:  # because looking a name up knows no time-out
             pool.apply_async(urlopen, (url, None, TIMEOUT)).get(TIMEOUT).close()
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
@@ -95,8 +84,7 @@ def _unpack(archive: Path, folder: Path) -> None:
     unpacked = folder / ".unpacking"
     try:
         with tarfile.open(archive) as tar:
-            # The "data" filter refuses paths that leave the folder.
-            tar.extractall(unpacked, filter="data")
+            tar.extractall(unpacked, filter="data")  # which refuses paths that leave the folder
         (unpacked / "jpg").rename(folder / "jpg")
     except (tarfile.TarError, EOFError, FileNotFoundError) as error:
         raise ValueError(f"{archive} cannot be unpacked ({error}): delete it") from None

@@ -28,14 +28,8 @@ COLOUR = 0.3  # largest change of a colour channel's brightness, as a share: 0.7
 class Pictures(Dataset):
     """A split as uint8 in memory (3,072 bytes a picture at 32x32), indexed without Python loops.
 
-    All images are float32 in [0, 1]: bit for bit ``ToTensor`` of the pixels.
-
-    Args:
-        pixels: [n, height, width, channels] uint8.
-        labels: [n] int64.
-
-    Raises:
-        ValueError: if the two do not fit together.
+    ``pixels`` are [n, height, width, channels] uint8 and ``labels`` [n] int64; images are float32
+    in [0, 1], bit for bit ``ToTensor`` of the pixels.
     """
 
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
@@ -77,12 +71,8 @@ def whole_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def augment(images: Tensor) -> Tensor:
     """Mirror every second image, and shift, rotate, zoom and tint each, all at random.
 
-    Args:
-        images: [batch, channels, height, width] in [0, 1].
-
-    Returns:
-        The same shape and range, channels last in memory. What moves in from outside repeats the
-        image's border.
+    Images are [batch, channels, height, width] in [0, 1], before and after (then channels last in
+    memory); what moves in from outside repeats the border.
     """
     batch, channels, height, width = images.shape
     if batch == 0:
@@ -137,17 +127,15 @@ def load_splits(
             its server can be reached, else the synthetic flowers.
         data_root: the folder that holds, or is to hold, ``flowers-102``.
         image_resolution: (height, width).
-        progress: say on stderr which pictures are prepared, with bars on terminals.
+        progress: say on stderr which pictures are decoded or drawn, with bars on terminals.
 
     Raises:
-        ValueError: for an unknown data set, damaged files, pictures that do not fit in memory, or
-            Flowers102 that was asked for and is neither there nor to be had.
+        ValueError: if that cannot be done; the message is one line, and says what to do.
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset is {dataset!r}: one of {', '.join(DATASETS)} is needed")
     height, width = image_resolution
-    # A byte a value for all pictures; as floats, for PCA, the 1,020 training pictures three times.
-    needed = height * width * 3 * (8189 + 12 * 1020)
+    needed = height * width * 3 * 8189 + 3e8  # all pixels, and roughly what decoding takes
     free = psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
@@ -176,11 +164,8 @@ def load_splits(
             compute = partial(decode_pictures, paths, image_resolution, caption)
         else:
             paths, labels = [Path(synthetic.__file__)], synthetic.flower_labels(split).tolist()
-            compute = partial(synthetic.draw_flowers, split, image_resolution, None, caption)
-        name = f"{dataset}-{split}-{height}x{width}"
-        pixels = compute_once(name, fingerprint(paths, split, image_resolution), compute)
-        if pixels.shape[1:] != (height, width, 3):
-            raise ValueError(f"{name}: pictures of {list(pixels.shape[1:])}, three channels needed")
+            compute = partial(synthetic.draw_flowers, split, image_resolution, caption)
+        pixels = compute_once(f"{dataset}-{split}-{height}x{width}", fingerprint(paths), compute)
         splits.append(Pictures(pixels, torch.tensor(labels)))
     train, val, test = splits
     return Splits(train, val, test, dataset, fallback)

@@ -2,18 +2,14 @@
 
 The splits have the sizes and labels of Flowers102; in the place of its 102 species stand invented
 ones that differ in petals, colours and centre. Each picture shows one flower with a position, size,
-tilt, light and background of its own. The true factors of variation behind every picture are
-known (``flower_factors``), and the latent dimensions of a VAE can be compared with them.
+tilt, light and background of its own.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 
 from datasets.preprocessing import map_in_parallel
 
 SPLITS = ("train", "val", "test")
-
 _SEED = 102
 
 # fmt: off
@@ -48,11 +44,7 @@ _BACKGROUNDS = np.array([  # the dark and the light shade of each
 
 
 def flower_labels(split: str) -> np.ndarray:
-    """Return the species of each picture, [n] int64 in 0..101: Flowers102's labels in its order.
-
-    Raises:
-        ValueError: if ``split`` is not one of ``SPLITS``.
-    """
+    """Return the species of each picture, [n] int64 in 0..101: Flowers102's labels in its order."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     # Flowers102 files species 20 between 15 and 16; all others stand in ascending order.
@@ -60,81 +52,48 @@ def flower_labels(split: str) -> np.ndarray:
     return np.repeat(order, np.array(_TEST_COUNTS)[order] if split == "test" else 10)
 
 
-def flower_factors(split: str) -> np.ndarray:
-    """Return the true factors of each picture, [n, len(FACTORS)] float32, in ``FACTORS``'s order.
-
-    The leaves out of focus in the background are noise and not listed.
-
-    Raises:
-        ValueError: if ``split`` is not one of ``SPLITS``.
-    """
-    return np.column_stack(list(_factors(split).values()))
-
-
 def draw_flowers(
-    split: str,
-    image_resolution: tuple[int, int] = (32, 32),
-    indices: Sequence[int] | None = None,
-    caption: str | None = None,
+    split: str, image_resolution: tuple[int, int] = (32, 32), caption: str | None = None
 ) -> np.ndarray:
-    """Draw pictures of a split; each depends on the split, its index and the resolution alone.
-
-    Args:
-        split: one of ``SPLITS``.
-        image_resolution: height and width in pixels; the flower stays the same.
-        indices: the pictures to draw, [n]; None for all of the split.
-        caption: the progress bar's; no bar if None.
-
-    Returns:
-        The pictures, [n, height, width, 3] uint8 (sRGB), in the order of ``indices``.
-
-    Raises:
-        ValueError: if ``split`` is not one of ``SPLITS``.
-        IndexError: if an index is out of range.
-    """
+    """Draw a split, [n, height, width, 3] uint8 (sRGB); the flowers are the same at each size."""
     factors = _factors(split)
     height, width = image_resolution
-    # Negative indices become those that they stand for, and others that are out of range an error.
-    rows = np.arange(len(factors["x"]))[slice(None) if indices is None else indices]
-    pictures = np.empty((len(rows), height, width, 3), dtype=np.uint8)
-    # Arrays of this many pixels stay in the processor's cache.
-    chunk = max(1, 2**16 // (height * width))
+    pictures = np.empty((len(factors["centre"]), height, width, 3), dtype=np.uint8)
+    chunk = max(1, 2**16 // (height * width))  # arrays of this size stay in the processor's cache
 
     def draw(start: int) -> None:
-        part = rows[start : start + chunk]
-        seeds = [(_SEED, 1 + SPLITS.index(split), 1 + index) for index in part.tolist()]
-        rngs = [np.random.default_rng(seed) for seed in seeds]
-        leaves = np.stack([rng.random((16, 7), dtype=np.float32) for rng in rngs])
+        part = slice(start, start + chunk)
         f = {name: values[part, None, None] for name, values in factors.items()}
-        pictures[start : start + chunk] = _draw(f, leaves, height, width)
+        pictures[part] = _draw(f, height, width)
 
-    map_in_parallel(draw, range(0, len(rows), chunk), caption, f"x{chunk} pictures")
+    map_in_parallel(draw, range(0, len(pictures), chunk), caption, f"x{chunk} pictures")
     return pictures
 
 
 def _factors(split: str) -> dict[str, np.ndarray]:
-    """Draw the true factors of each picture, each [n] float32, colours [n, 3] (sRGB, 0 to 1)."""
+    """Draw what makes up each picture, each [n], colours [n, 3] (sRGB, 0 to 1), leaves [n, 16, 7].
+
+    Points and directions are complex numbers, x + iy, to the right and down.
+    """
     labels = flower_labels(split)
     n = len(labels)
     # Counted from 1, because a seed's trailing zeros change nothing.
-    rng = np.random.default_rng([_SEED, 1 + SPLITS.index(split)])
+    seed = (_SEED, 1 + SPLITS.index(split))
+    rng = np.random.default_rng(seed)
+    own_rngs = [np.random.default_rng((*seed, 1 + number)) for number in range(n)]
     species = {name: column[labels] for name, column in _species().items()}
-    tilt = rng.uniform(0, 0.7, n) * np.exp(2j * np.pi * rng.random(n))
-    light = rng.random(n) * np.exp(2j * np.pi * rng.random(n))
-    x, y = rng.uniform(-0.3, 0.3, (2, n))
     factors = {
-        "x": x,  # of the flower's centre, to the right, in halves of the shorter side
-        "y": y,  # downwards
-        "radius": rng.uniform(0.6, 1.1, n),  # before the tilt, in halves of the shorter side
+        # Towards where the flower nods, as long as the sine of the angle; and to the light.
+        "tilt": rng.uniform(0, 0.7, n) * np.exp(2j * np.pi * rng.random(n)),
+        "light": rng.random(n) * np.exp(2j * np.pi * rng.random(n)),
+        "centre": [1, 1j] @ rng.uniform(-0.3, 0.3, (2, n)),  # in halves of the shorter side
+        "radius": rng.uniform(0.6, 1.1, n),  # the same, before the tilt
         "rotation": rng.uniform(0, 2 * np.pi, n) / species["petals"],  # of the first petal
-        "tilt_x": tilt.real,  # towards where the flower nods, as long as the sine of the angle
-        "tilt_y": tilt.imag,
         "brightness": rng.uniform(0.7, 1.2, n),  # a factor on all values
-        "light_x": light.real,  # towards its source, as long as it is strong (0 to 1)
-        "light_y": light.imag,
         "hue": rng.uniform(-0.5, 0.5, n),  # steps of the petals' colours around their circle
         "background": rng.choice(len(_BACKGROUNDS), n, p=[0.35, 0.2, 0.15, 0.1, 0.2]),
         "background_light": rng.random(n),  # 0 to 1
+        "leaves": np.stack([rng.random((16, 7), dtype=np.float32) for rng in own_rngs]),
     }
     circle = np.arange(len(_PETAL_COLOURS))
     for name in ("petal_colour", "tip_colour", "throat_colour"):
@@ -142,11 +101,14 @@ def _factors(split: str) -> dict[str, np.ndarray]:
         channels = [np.interp(at, circle, each, period=len(circle)) for each in _PETAL_COLOURS.T]
         species[name] = np.stack(channels, axis=1)
     species["disc_colour"] = _DISC_COLOURS[species["disc_colour"]]
-    return {name: values.astype(np.float32) for name, values in (factors | species).items()}
+    return {
+        name: values.astype(np.complex64 if np.iscomplexobj(values) else np.float32)
+        for name, values in (factors | species).items()
+    }
 
 
 def _species() -> dict[str, np.ndarray]:
-    """Invent the species: their factors, each [102]. Radii are shares of the flower's own."""
+    """Invent the species, each property [102]. Radii are shares of the flower's own."""
     rng, n = np.random.default_rng(_SEED), len(_TEST_COUNTS)
 
     def some(share: float, low: float, high: float) -> np.ndarray:
@@ -176,41 +138,29 @@ def _species() -> dict[str, np.ndarray]:
     }
 
 
-FACTORS = tuple(
-    name.replace("colour", channel)
-    for name in _factors("train")
-    for channel in (("red", "green", "blue") if name.endswith("_colour") else ("",))
-)
-"""Names of the true factors of a picture; what each of them means stands where it is drawn."""
-
-
-def _draw(f: dict[str, np.ndarray], leaves: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Draw [n, height, width, 3] uint8 from factors, each [n, 1, 1], and leaves, [n, 16, 7].
-
-    Points and directions are complex numbers, x + iy; a leaf is seven numbers in 0..1.
-    """
-    f["light"], tilt = f["light_x"] + 1j * f["light_y"], f["tilt_x"] + 1j * f["tilt_y"]
+def _draw(f: dict[str, np.ndarray], height: int, width: int) -> np.ndarray:
+    """Draw [n, height, width, 3] uint8 from what makes up each picture, [n, 1, 1, ...]."""
     pixel = 2 / min(height, width)
     x, y = (np.arange(size, dtype=np.float32) + 0.5 - size / 2 for size in (width, height))
     point = (x + 1j * y[:, None]).astype(np.complex64) * pixel
-    picture = _background(f, leaves, point)
+    picture = _background(f, point)
 
     # From the picture to the plane of the flower, in which its radius is 1.
-    place = (point - f["x"] - 1j * f["y"]) / f["radius"]
+    place = (point - f["centre"]) / f["radius"]
     picture = _darken(picture, 0.6 * np.clip(1.3 - np.abs(place + 0.25 * f["light"]), 0, 1))
-    cosine = np.sqrt(1 - np.abs(tilt) ** 2)
-    stretch = (place * tilt.conj()).real / (cosine + cosine**2) - f["cup"] * np.abs(place)
-    f["place"], f["pixel"] = place + stretch * tilt, pixel / f["radius"]
+    cosine = np.sqrt(1 - np.abs(f["tilt"]) ** 2)
+    stretch = (place * f["tilt"].conj()).real / (cosine + cosine**2) - f["cup"] * np.abs(place)
+    f["place"], f["pixel"] = place + stretch * f["tilt"], pixel / f["radius"]
     picture = _centre(_petals(picture, f), f)
     light = f["brightness"] * (1 + 0.25 * (point * f["light"].conj()).real)
     return (np.clip(picture * light[..., None], 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _background(f: dict[str, np.ndarray], leaves: np.ndarray, point: np.ndarray) -> np.ndarray:
+def _background(f: dict[str, np.ndarray], point: np.ndarray) -> np.ndarray:
     """Draw leaves out of focus and a few petals of other flowers, [n, height, width, 3]."""
     dark, light = np.moveaxis(_BACKGROUNDS[f["background"].astype(int)], 3, 0)
     picture = _mix(dark, light, f["background_light"])
-    for x, y, angle, length, width, shade, kind in leaves.transpose(1, 2, 0)[..., None, None]:
+    for x, y, angle, length, width, shade, kind in np.moveaxis(f["leaves"], (3, 4), (0, 1)):
         place = (point - 2.8 * (x - 0.5) - 2.8j * (y - 0.5)) * np.exp(1j * np.pi * angle)
         size = (place.real / (0.3 + 0.5 * length)) ** 2 + (place.imag / (0.12 + 0.3 * width)) ** 2
         leaf = _mix(dark, light, 0.6 * shade + 0.4 * f["background_light"])

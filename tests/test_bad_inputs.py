@@ -1,4 +1,4 @@
-"""Bad input and what happens to it: the README's table, each row of it run.
+"""Bad input and what happens to it: the table of results/promises.md, each row of it run.
 
 ``python -m tests.test_bad_inputs`` prints the table.
 """
@@ -50,7 +50,7 @@ TRAINING = (
 )
 
 
-def readme_table() -> str:
+def table() -> str:
     rows = ["| `python vae_training.py` | one line, exit status 2 |", "| --- | --- |"]
     for arguments, message in TRAINING:
         more = " …" if message.endswith(" ") else ""
@@ -71,16 +71,16 @@ def test_bad_input_is_answered_by_one_line_and_status_2(arguments, message, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_readme_shows_these_answers():
-    assert readme_table() in (ROOT / "README.md").read_text()
+def test_the_page_of_promises_shows_these_answers():
+    assert table() in (ROOT / "results" / "promises.md").read_text()
 
 
 def test_the_table_is_made_by_running_this_file():
     printed = subprocess.run(
         [sys.executable, "-m", "tests.test_bad_inputs"], cwd=ROOT, capture_output=True, text=True
     )
-    assert printed.stdout.strip() == readme_table()
+    assert printed.stdout.strip() == table()
 
 
 if __name__ == "__main__":
-    print(readme_table())
+    print(table())

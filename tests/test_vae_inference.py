@@ -1,5 +1,4 @@
 import io
-import math
 import os
 import pickle
 import subprocess
@@ -8,36 +7,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 import vae_inference
+from datasets.pictures import Splits, load_splits
 from datasets.preprocessing import picture_to_pixels, read_photograph
-from vae.latent import near, spherical_steps, variation_per_dimension
-from vae.training.checkpoint import load_model, save_checkpoint
+from vae.latent import fit_latents, near, prior, spherical_steps, variation_per_dimension
+from vae.training import command_line
+from vae.training.checkpoint import load_model, save_checkpoint, save_latents
 from vae.training.options import Options
 from vae.vae import VAE
-from vae_inference import main
+from vae_inference import draw_grid, main
 
 COMMANDS = ("similar", "sample", "reconstruct", "interpolate", "traverse", "explore")
 CELL = 128
 GAP = 4
 
 
-def write_checkpoint(path: Path, seed: int = 0, **options: int | bool) -> Path:
-    """Write the checkpoint of a freshly initialised small model, as training writes it."""
+def write_checkpoint(
+    path: Path, seed: int = 0, fitted: bool = True, **options: int | str | bool
+) -> Path:
+    """Write the checkpoint of a freshly initialised small model, as training leaves it."""
     options = Options(**{"image_size": 16, "latent_size": 4} | options)
     size = [options.image_size, options.image_size]
     config = asdict(options) | {"image_resolution": size, "image_channels": 3}
     with seeded(seed):
         model = VAE(tuple(size), options.latent_size, 3, options.batch_norm)
-    # Untrained decoders draw grey whatever z is.
-    model.decoder.fc.weight.data *= 20
+        root = torch.randn(2 * [options.latent_size])
+    # Untrained encoders and decoders give nearly the same whatever they are given.
+    for layer in (model.encoder.fcm, model.decoder.fc):
+        layer.weight.data *= 20
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint({"model": model.state_dict(), "config": config}, path)
+    if fitted:
+        mean = torch.linspace(-1, 1, options.latent_size)
+        save_latents(MultivariateNormal(mean, root @ root.T + 0.1 * torch.eye(len(root))), path)
     return path
 
 
@@ -53,6 +65,18 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def model(checkpoint) -> VAE:
+    """The checkpoint's model."""
+    return load_model(checkpoint)[0].requires_grad_(False)
+
+
+@pytest.fixture
+def latents(checkpoint) -> MultivariateNormal:
+    """The checkpoint's latents."""
+    return load_model(checkpoint)[2]
+
+
+@pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """The current folder, with two photographs in it."""
     write_photograph(tmp_path / "a.png")
@@ -62,20 +86,51 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def arguments(command: str) -> list[str]:
-    pictures = {"sample": [], "explore": [], "interpolate": ["a.png", "b.jpg"]}
-    return [command, *pictures.get(command, ["a.png"])]
+    """Return a short command line that is complete but for the model."""
+    needed = {"sample": ["--count", "4"], "explore": [], "interpolate": ["a.png", "b.jpg"]}
+    return [command, *needed.get(command, ["a.png"])]
 
 
-def cell(path: str, row: int, column: int, left: int = 0, top: int = 20) -> np.ndarray:
-    """Return one picture of a grid, scaled back to the model's 16x16."""
-    pixels = np.asarray(Image.open(path))
+class Grid(NamedTuple):
+    """What a command draws."""
+
+    images: Tensor
+    columns: int
+    captions: list[str]
+    rows: list[str]
+    marks: list[float]
+
+
+@pytest.fixture
+def grids(monkeypatch) -> list[Grid]:
+    """All grids that were drawn, in order."""
+    drawn = []
+
+    def record(images, columns, captions=(), rows=(), marks=()) -> bytes:
+        drawn.append(Grid(images.clone(), columns, list(captions), list(rows), list(marks)))
+        return draw_grid(images, columns, captions, rows, marks)
+
+    monkeypatch.setattr(vae_inference, "draw_grid", record)
+    return drawn
+
+
+def photograph(name: str) -> Tensor:
+    """Return a picture of the current folder as the small model needs it."""
+    return read_photograph(Path(name), (16, 16))
+
+
+def place(column: int, row: int = 0, left: int = 0, top: int = 0) -> tuple[slice, slice]:
+    """Return where a picture is in a grid."""
     y, x = top + GAP + row * (CELL + GAP), left + GAP + column * (CELL + GAP)
-    picture = pixels[y : y + CELL, x : x + CELL]
-    assert picture.shape == (CELL, CELL, 3)
-    return picture[:: CELL // 16, :: CELL // 16]
+    return slice(y, y + CELL), slice(x, x + CELL)
 
 
-def to_pixels(image: torch.Tensor) -> np.ndarray:
+def enlarged(image: Tensor) -> np.ndarray:
+    """Return one of 16x16 as a grid shows it."""
+    return to_pixels(F.interpolate(image[None], scale_factor=8, mode="bicubic").clamp(0, 1)[0])
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
     return image.mul(255).round().byte().movedim(0, -1).numpy()
 
 
@@ -175,58 +230,6 @@ def test_a_crop_has_the_shape_of_a_model_that_is_not_square(tmp_path):
     assert read_photograph(tmp_path / "a.png", (16, 24), centre_crop=True).shape == (1, 3, 16, 24)
 
 
-# Latent vectors
-
-
-def test_flowers_at_spread_0_are_the_reconstruction():
-    mean, log_var = torch.randn(2, 1, 4)
-    assert torch.equal(near(mean, log_var, 3, 0.0), mean.repeat(3, 1))
-
-
-def test_flowers_at_spread_1_are_drawn_from_the_prior():
-    mean, log_var = torch.tensor([[3.0, -2.0]]), torch.zeros(1, 2)
-    with seeded():
-        z = near(mean, log_var, 100_000, 1.0)
-    assert torch.allclose(z.mean(0), torch.zeros(2), atol=0.02)
-    assert torch.allclose(z.std(0), torch.ones(2), atol=0.02)
-
-
-def test_flowers_in_between_have_the_documented_mean_and_variance():
-    mean, log_var = torch.tensor([[3.0, -2.0]]), torch.tensor([[-4.0, 0.0]])
-    with seeded():
-        z = near(mean, log_var, 100_000, 0.6)
-    assert torch.allclose(z.mean(0), 0.8 * mean[0], atol=0.02)
-    assert torch.allclose(z.var(0), 0.36 + 0.64 * 0.36 * log_var[0].exp(), atol=0.02)
-
-
-def test_spherical_steps_keep_the_distance_from_the_origin():
-    start, end = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 2.0]])
-    z = spherical_steps(start, end, 5)
-    assert torch.allclose(z[[0, -1]], torch.cat((start, end)), atol=1e-6)
-    assert torch.allclose(z.norm(dim=1), torch.full((5,), 2.0))
-    angles = torch.acos(torch.cosine_similarity(z[1:], z[:-1]))
-    assert torch.allclose(angles, torch.full((4,), math.pi / 8), atol=1e-3)
-
-
-@pytest.mark.parametrize("factor", [1.0, 0.5, -1.0, 0.0])
-def test_spherical_steps_between_vectors_on_one_line_are_finite(factor):
-    start = torch.tensor([[1.0, 2.0]])
-    z = spherical_steps(start, factor * start, 4)
-    assert torch.allclose(z[[0, -1]], torch.cat((start, factor * start)), atol=1e-6)
-    assert z.isfinite().all()
-
-
-def test_a_dimension_that_the_decoder_ignores_has_no_share_of_the_variation(checkpoint):
-    model, *_ = load_model(checkpoint)
-    model.decoder.fc.weight.data[:, 2] = 0
-    model.decoder.fc.weight.data[:, 1] *= 5
-    with seeded(), torch.no_grad():
-        shares = variation_per_dimension(model)
-    assert shares[2] == 0
-    assert shares.argmax() == 1
-    assert 0.9 < shares.sum() < 2
-
-
 # The command line
 
 
@@ -254,93 +257,21 @@ def test_another_seed_draws_other_flowers(folder, checkpoint, command):
     assert (folder / "0").read_bytes() != (folder / "1").read_bytes()
 
 
-def test_similar_shows_picture_reconstruction_and_new_flowers(folder, checkpoint):
-    options = ["--count", "3", "--checkpoint", str(checkpoint)]
-    main(["similar", "a.png", "b.jpg", *options])
-    assert Image.open("similar.png").size == (5 * (CELL + GAP) + GAP, 2 * (CELL + GAP) + GAP + 20)
-    model, *_ = load_model(checkpoint)
-    for row, name in enumerate(("a.png", "b.jpg")):
-        x = read_photograph(Path(name), (16, 16))
-        assert np.array_equal(cell("similar.png", row, 0), to_pixels(x[0]))
-        reconstruction = to_pixels(model.reconstruct(x).detach()[0])
-        shown = [cell("similar.png", row, column) for column in range(1, 5)]
-        assert np.abs(shown[0].astype(int) - reconstruction).max() <= 1
-        assert len({flower.tobytes() for flower in shown}) == 4
-
-
-def test_similar_at_spread_0_repeats_the_reconstruction(folder, checkpoint):
-    main(["similar", "a.png", "--spread", "0", "--count", "2", "--checkpoint", str(checkpoint)])
-    shown = [cell("similar.png", 0, column) for column in (1, 2, 3)]
-    assert all(np.array_equal(flower, shown[0]) for flower in shown)
-
-
-def test_sample_draws_as_many_flowers_as_asked_for(folder, checkpoint):
-    main(["sample", "--count", "7", "--checkpoint", str(checkpoint)])
-    shown = [cell("sample.png", i // 3, i % 3, top=0) for i in range(9)]
-    assert len({flower.tobytes() for flower in shown[:7]}) == 7
-    assert all((flower == 255).all() for flower in shown[7:])
-
-
-def test_reconstruct_shows_pairs(folder, checkpoint):
-    main(["reconstruct", "a.png", "b.jpg", "--checkpoint", str(checkpoint)])
-    model, *_ = load_model(checkpoint)
-    for row, name in enumerate(("a.png", "b.jpg")):
-        x = read_photograph(Path(name), (16, 16))
-        assert np.array_equal(cell("reconstruct.png", row, 0), to_pixels(x[0]))
-        difference = cell("reconstruct.png", row, 1) - to_pixels(model.reconstruct(x).detach()[0])
-        assert np.abs(difference.astype(np.int8)).max() <= 1
-
-
-def test_interpolate_begins_and_ends_with_the_two_reconstructions(folder, checkpoint):
-    options = ["--checkpoint", str(checkpoint)]
-    main(["reconstruct", "a.png", "b.jpg", *options])
-    main(["interpolate", "a.png", "b.jpg", "--steps", "4", *options])
-    for row, column, place in [(0, 0, 0), (0, 1, 1), (1, 1, 4), (1, 0, 5)]:
-        difference = cell("reconstruct.png", row, column) - cell("interpolate.png", 0, place)
-        assert np.abs(difference.astype(np.int8)).max() <= 1
-    shown = [cell("interpolate.png", 0, place) for place in range(6)]
-    assert len({image.tobytes() for image in shown}) == 6
-
-
-def test_traverse_moves_one_dimension_in_each_row_the_most_informative_first(folder, checkpoint):
-    main(["traverse", "a.png", "--steps", "3", "--checkpoint", str(checkpoint)])
-    model, *_ = load_model(checkpoint)
-    with seeded(), torch.no_grad():
-        order = variation_per_dimension(model).argsort(descending=True).tolist()
-        mean, _ = model.encoder(read_photograph(Path("a.png"), (16, 16)))
-        assert sorted(order) == [0, 1, 2, 3]
-        for row, dimension in enumerate(order):
-            for column, value in enumerate((-3.0, 0.0, 3.0)):
-                z = mean.clone()
-                z[0, dimension] = value
-                expected = to_pixels(model.decoder(z)[0]).astype(int)
-                shown = cell("traverse.png", row, column, left=80)
-                assert np.abs(shown - expected).max() <= 1
-
-
-def test_centre_crop_changes_what_the_model_sees(folder, checkpoint):
-    options = ["--checkpoint", str(checkpoint)]
-    main(["reconstruct", "b.jpg", *options, "--output", "squeezed.png"])
-    main(["reconstruct", "b.jpg", *options, "--output", "cropped.png", "--centre-crop"])
-    assert not np.array_equal(cell("squeezed.png", 0, 0), cell("cropped.png", 0, 0))
-
-
 def test_pictures_of_a_model_with_batch_norm_and_another_size_are_drawn(folder):
     path = write_checkpoint(folder / "run" / "checkpoint.pt", image_size=24, batch_norm=True)
     for command in COMMANDS:
         assert main([*arguments(command), "--checkpoint", str(path)]) is None
 
 
-def test_the_newest_run_is_the_default_and_is_named(folder, capsys):
-    runs = folder / "runs"
-    for age, name in enumerate(("new", "old", "older")):
-        path = write_checkpoint(runs / name / "checkpoint.pt", seed=age)
-        os.utime(path, (1e9 - age, 1e9 - age))
-    (runs / "empty").mkdir()
-    main(["sample", "--log-dir", str(runs), "--output", "default.png"])
-    assert f"newest run: {runs / 'new' / 'checkpoint.pt'}" in capsys.readouterr().err
-    main(["sample", "--checkpoint", str(runs / "new" / "checkpoint.pt")])
-    assert (folder / "default.png").read_bytes() == (folder / "sample.png").read_bytes()
+def test_an_output_that_is_a_link_is_written_through(folder, checkpoint):
+    (folder / "elsewhere").mkdir()
+    for target in ("new.png", "old.png"):
+        (folder / "elsewhere" / "old.png").write_text("old")
+        (folder / "link.png").unlink(missing_ok=True)
+        (folder / "link.png").symlink_to(folder / "elsewhere" / target)
+        main([*arguments("sample"), "--output", "link.png", "--checkpoint", str(checkpoint)])
+        assert (folder / "link.png").is_symlink()
+        assert Image.open(folder / "elsewhere" / target).format == "PNG"
 
 
 def test_the_script_runs_from_any_folder(folder, checkpoint):
@@ -349,6 +280,341 @@ def test_the_script_runs_from_any_folder(folder, checkpoint):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("sample.png\n", "")
     assert (folder / "sample.png").is_file()
+
+
+# What the commands draw
+
+
+def test_similar_draws_picture_reconstruction_and_flowers_near_it(
+    folder, checkpoint, model, latents, grids
+):
+    options = ["--count", "3", "--spread", "0.6", "--checkpoint", str(checkpoint)]
+    main(["similar", "a.png", "b.jpg", *options])
+    expected = []
+    with seeded():
+        for x in map(photograph, ("a.png", "b.jpg")):
+            mean, _ = model.encoder(x)
+            z = near(mean, latents, 3, 0.6)
+            expected += [x, model.decoder(torch.cat((mean, z)))]
+    assert torch.equal(grids[0].images, torch.cat(expected))
+    assert grids[0].columns == 5
+    assert grids[0].captions == ["picture", "reconstruction", "new flowers"]
+
+
+def test_similar_draws_eight_flowers_at_spread_0_3_if_nothing_else_is_said(
+    folder, checkpoint, grids
+):
+    for options in ([], ["--count", "8", "--spread", "0.3"]):
+        main(["similar", "a.png", *options, "--checkpoint", str(checkpoint)])
+    assert torch.equal(grids[0].images, grids[1].images)
+    assert len(grids[0].images.unique(dim=0)) == 10
+
+
+def test_similar_at_spread_0_repeats_the_reconstruction(folder, checkpoint, grids):
+    options = ["--spread", "0", "--count", "2", "--checkpoint", str(checkpoint)]
+    main(["similar", "a.png", *options])
+    _, reconstruction, *flowers = grids[0].images
+    assert all(torch.equal(flower, reconstruction) for flower in flowers)
+
+
+def test_similar_at_spread_1_draws_the_flowers_of_sample(folder, checkpoint, grids):
+    options = ["--count", "5", "--checkpoint", str(checkpoint)]
+    main(["similar", "a.png", "--spread", "1", *options])
+    main(["sample", *options])
+    assert torch.allclose(grids[0].images[2:], grids[1].images, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", [[], ["--from", "data"]])
+def test_sample_draws_from_where_the_training_pictures_are(
+    folder, checkpoint, model, latents, grids, source
+):
+    main(["sample", *source, "--count", "7", "--seed", "3", "--checkpoint", str(checkpoint)])
+    with seeded(3):
+        assert torch.equal(grids[0].images, model.decoder(latents.sample((7,))))
+
+
+def test_sample_draws_from_the_prior_if_told_to(folder, checkpoint, model, grids):
+    options = ["--count", "7", "--seed", "3", "--checkpoint", str(checkpoint)]
+    main(["sample", "--from", "prior", *options])
+    with seeded(3):
+        assert torch.equal(grids[0].images, model.decoder(prior(model).sample((7,))))
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (7, 3), (9, 3)])
+def test_sample_arranges_its_flowers_in_a_square(folder, checkpoint, grids, count, columns):
+    main(["sample", "--count", str(count), "--checkpoint", str(checkpoint)])
+    assert (len(grids[0].images), grids[0].columns) == (count, columns)
+
+
+def test_sample_draws_64_flowers_if_nothing_else_is_said(folder, checkpoint, grids):
+    main(["sample", "--checkpoint", str(checkpoint)])
+    assert len(grids[0].images.unique(dim=0)) == 64
+
+
+def test_reconstruct_draws_pairs(folder, checkpoint, model, grids):
+    main(["reconstruct", "a.png", "b.jpg", "--checkpoint", str(checkpoint)])
+    a, b = map(photograph, ("a.png", "b.jpg"))
+    expected = torch.cat((a, model.reconstruct(a), b, model.reconstruct(b)))
+    assert torch.allclose(grids[0].images, expected, atol=1e-6)
+    assert grids[0].columns == 2
+    assert grids[0].captions == ["picture", "reconstruction"]
+
+
+def test_interpolate_draws_the_arc_between_two_reconstructions_between_the_two_pictures(
+    folder, checkpoint, model, grids
+):
+    main(["interpolate", "a.png", "b.jpg", "--steps", "4", "--checkpoint", str(checkpoint)])
+    a, b = map(photograph, ("a.png", "b.jpg"))
+    z = spherical_steps(model.encoder(a)[0], model.encoder(b)[0], 4)
+    assert torch.equal(grids[0].images, torch.cat((a, model.decoder(z), b)))
+    assert torch.allclose(grids[0].images[1], model.reconstruct(a)[0], atol=1e-5)
+    assert torch.allclose(grids[0].images[-2], model.reconstruct(b)[0], atol=1e-5)
+    assert len(grids[0].images.unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8])
+def test_interpolate_captions_the_pictures_and_their_reconstructions(
+    folder, checkpoint, grids, steps
+):
+    options = ["--steps", str(steps), "--checkpoint", str(checkpoint)]
+    main(["interpolate", "a.png", "b.jpg", *options])
+    first, second, *between, before, last = grids[0].captions
+    assert (first, second, before, last) == ("from", "reconstruction", "reconstruction", "to")
+    assert between == [""] * (steps - 2)
+    assert grids[0].columns == len(grids[0].images) == steps + 2
+
+
+def test_traverse_moves_one_dimension_in_each_row_after_the_reconstruction(
+    folder, checkpoint, model, grids
+):
+    main(["traverse", "a.png", "--steps", "5", "--checkpoint", str(checkpoint)])
+    with seeded():
+        order = variation_per_dimension(model).argsort(descending=True)
+    mean, _ = model.encoder(photograph("a.png"))
+    assert grids[0].columns == 6
+    for dimension, row in zip(order, grids[0].images.unflatten(0, (4, 6)), strict=True):
+        assert torch.allclose(row[0], model.decoder(mean)[0], atol=1e-6)
+        for image, value in zip(row[1:], (-3.0, -1.5, 0.0, 1.5, 3.0), strict=True):
+            z = mean.clone()
+            z[0, dimension] = value
+            assert torch.allclose(image, model.decoder(z)[0], atol=1e-6)
+
+
+def test_traverse_captions_the_columns_with_their_values(folder, checkpoint, grids):
+    main(["traverse", "a.png", "--steps", "5", "--checkpoint", str(checkpoint)])
+    assert grids[0].captions == ["reconstruction", "-3", "-1.5", "0", "1.5", "3"]
+
+
+def test_traverse_labels_its_rows_with_share_and_own_value_the_largest_share_first(
+    folder, checkpoint, model, grids
+):
+    main(["traverse", "a.png", "--checkpoint", str(checkpoint)])
+    with seeded():
+        shares = variation_per_dimension(model)
+    own = model.encoder(photograph("a.png"))[0][0]
+    labels = [f"z{i} ({shares[i]:.0%})\nis {own[i]:.2f}" for i in range(4)]
+    assert len({label.split()[-1] for label in labels}) == 4
+    assert grids[0].rows == [labels[i] for i in shares.argsort(descending=True)]
+
+
+def test_traverse_marks_the_pictures_own_value_between_the_columns(folder, checkpoint, grids):
+    model, config, _ = load_model(checkpoint)
+    model.encoder.fcm.weight.data.zero_()
+    model.encoder.fcm.bias.data = torch.tensor([-3.0, 0.0, 1.0, 7.0])
+    save_checkpoint({"model": model.state_dict(), "config": config}, folder / "known.pt")
+    main(["traverse", "a.png", "--steps", "7", "--checkpoint", "known.pt"])
+    # The first column's middle is 0.5, that of the value -3 is 1.5, and that of 3, 7.5.
+    expected = {"z0": 1.5, "z1": 4.5, "z2": 5.5, "z3": 7.5}
+    marks = {row[:2]: mark for row, mark in zip(grids[0].rows, grids[0].marks, strict=True)}
+    assert marks == pytest.approx(expected)
+
+
+def test_centre_crop_changes_what_the_model_sees(folder, checkpoint, grids):
+    main(["reconstruct", "b.jpg", "--centre-crop", "--checkpoint", str(checkpoint)])
+    expected = read_photograph(folder / "b.jpg", (16, 16), centre_crop=True)
+    assert torch.equal(grids[0].images[:1], expected)
+    assert not torch.equal(expected, photograph("b.jpg"))
+
+
+# The grid
+
+
+@pytest.fixture
+def noise() -> Tensor:
+    """Six pictures."""
+    with seeded():
+        return torch.rand(6, 3, 16, 16)
+
+
+def read(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def test_a_grid_shows_its_pictures_row_by_row_enlarged_smoothly(noise):
+    pixels = read(draw_grid(noise, 3))
+    assert pixels.shape == (2 * (CELL + GAP) + GAP, 3 * (CELL + GAP) + GAP, 3)
+    for i, image in enumerate(noise):
+        assert np.array_equal(pixels[place(i % 3, i // 3)], enlarged(image))
+
+
+def test_what_is_left_of_the_last_row_is_white(noise):
+    pixels = read(draw_grid(noise, 4))
+    assert (pixels[place(2, 1)] == 255).all()
+    assert (pixels[place(3, 1)] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((8, 8), (128, 128)), ((24, 40), (144, 240)), ((200, 160), (200, 160))]
+)
+def test_a_picture_is_enlarged_by_a_whole_number_to_128_pixels_or_more(size, shown):
+    pixels = read(draw_grid(torch.rand(2, 3, *size), 1))
+    assert pixels.shape == (2 * shown[0] + 3 * GAP, shown[1] + 2 * GAP, 3)
+
+
+def dark(pixels: np.ndarray) -> np.ndarray:
+    return (pixels < 128).all(axis=-1)
+
+
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_a_caption_stands_above_the_middle_of_its_column(noise, column):
+    captions = ["", "", ""]
+    captions[column] = "flower"
+    pixels = read(draw_grid(noise, 3, captions))
+    _, x = np.nonzero(dark(pixels[:20]))
+    _, columns = place(column)
+    assert columns.start < x.min() < x.max() < columns.stop
+    assert (x.min() + x.max()) / 2 == pytest.approx((columns.start + columns.stop) / 2, abs=4)
+    assert np.array_equal(pixels[place(column, 1, top=20)], enlarged(noise[3 + column]))
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_row_is_labelled_to_its_left(noise, row):
+    rows = ["", ""]
+    rows[row] = "z12 (100%)\nis -12.34"
+    pixels = read(draw_grid(noise, 3, (), rows))
+    y, x = np.nonzero(dark(pixels[:, :90]))
+    lines, _ = place(0, row)
+    assert lines.start < y.min() < y.max() < lines.stop
+    assert (y.min() + y.max()) / 2 == pytest.approx((lines.start + lines.stop) / 2, abs=8)
+    assert x.max() < 88
+    assert np.array_equal(pixels[place(2, row, left=90)], enlarged(noise[3 * row + 2]))
+
+
+@pytest.mark.parametrize("mark", [0.5, 1.5, 2.25])
+def test_a_mark_is_a_triangle_at_the_lower_edge_of_its_row(mark):
+    pixels = read(draw_grid(torch.zeros(6, 3, 16, 16), 3, (), ["", ""], [1.0, mark])).astype(int)
+    pixels = pixels[(CELL + GAP) + GAP :]
+    y, x = np.nonzero(pixels[..., 0] - pixels[..., 1] > 100)
+    widths = np.bincount(y)[y.min() :]
+    assert x.mean() == pytest.approx(90 + 2 + mark * (CELL + GAP), abs=0.51)
+    assert widths[0] <= 2 < 12 <= widths[-1]
+    assert CELL - 16 < y.min() < y.max() < CELL + GAP
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each != "explore"])
+def test_the_file_is_the_grid(folder, checkpoint, grids, command):
+    main([*arguments(command), "--checkpoint", str(checkpoint)])
+    assert (folder / f"{command}.png").read_bytes() == draw_grid(*grids[0])
+
+
+# Which model draws
+
+
+def test_the_newest_run_is_the_default_and_is_named(folder, capsys):
+    for age, name in enumerate(("new", "old", "older")):
+        path = write_checkpoint(folder / "runs" / name / "checkpoint.pt", seed=age)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    (folder / "runs" / "empty").mkdir()
+    newest = Path("runs", "new", "checkpoint.pt")
+    main([*arguments("sample"), "--log-dir", "runs", "--output", "default.png"])
+    assert capsys.readouterr() == ("default.png\n", f"drawn by the model in {newest}\n")
+    main([*arguments("sample"), "--checkpoint", str(newest)])
+    assert (folder / "default.png").read_bytes() == (folder / "sample.png").read_bytes()
+
+
+@pytest.fixture
+def runs(folder, monkeypatch) -> Path:
+    """The usual folder of all runs, which is not there yet."""
+    for module in (vae_inference, command_line):
+        monkeypatch.setattr(module, "RUNS", folder / "usual")
+    return folder / "usual"
+
+
+@pytest.fixture
+def trained(folder, monkeypatch) -> Path:
+    """The model that comes with the repository."""
+    monkeypatch.setattr(vae_inference, "TRAINED", folder / "trained.pt")
+    return write_checkpoint(folder / "trained.pt", seed=1)
+
+
+def test_without_a_run_the_model_that_comes_with_the_repository_draws(runs, trained, capsys):
+    main([*arguments("sample"), "--output", "default.png"])
+    assert capsys.readouterr().err == f"drawn by the model in {trained}\n"
+    main([*arguments("sample"), "--checkpoint", str(trained)])
+    assert Path("default.png").read_bytes() == Path("sample.png").read_bytes()
+
+
+def test_a_run_comes_before_the_model_that_comes_with_the_repository(runs, trained, capsys):
+    run = write_checkpoint(runs / "a" / "checkpoint.pt")
+    main(arguments("sample"))
+    assert capsys.readouterr().err == f"drawn by the model in {run}\n"
+
+
+def test_a_folder_without_runs_that_was_asked_for_is_refused(runs, trained, capsys):
+    line = fails(["sample", "--log-dir", "nowhere"], capsys)
+    assert "nowhere holds no run" in line
+    assert "vae_training.py" in line
+
+
+def test_with_neither_a_run_nor_the_repositorys_model_a_checkpoint_is_asked_for(
+    runs, trained, capsys
+):
+    trained.unlink()
+    line = fails(["sample"], capsys)
+    assert f"{trained} does not exist: a checkpoint.pt of a run is needed" in line
+
+
+# A checkpoint without latents: its run has not ended
+
+
+def test_latents_are_refitted_to_the_synthetic_flowers(folder, splits, monkeypatch, grids, capsys):
+    def load(dataset: str, _: Path, size: tuple[int, int]) -> Splits:
+        assert (dataset, size) == ("synthetic", (8, 8))
+        return splits
+
+    monkeypatch.setattr(vae_inference, "load_splits", load)
+    options = {"fitted": False, "dataset": "synthetic", "image_size": 8}
+    path = write_checkpoint(folder / "checkpoint.pt", **options)
+    main(["sample", "--count", "5", "--checkpoint", str(path)])
+    model, _, latents = load_model(path)
+    assert latents is None
+    with seeded(), torch.no_grad():
+        z = fit_latents(model, splits.train.batches()).sample((5,))
+        assert torch.equal(grids[0].images, model.decoder(z))
+    assert capsys.readouterr() == ("sample.png\n", "")
+
+
+def test_latents_are_refitted_to_flowers102_where_it_is_on_disk(folder, data_root, grids):
+    options = {"fitted": False, "dataset": "flowers102", "data_root": str(data_root)}
+    path = write_checkpoint(folder / "checkpoint.pt", **options)
+    main(["sample", "--count", "5", "--checkpoint", str(path)])
+    model, *_ = load_model(path)
+    train = load_splits("flowers102", data_root, (16, 16)).train
+    with seeded(), torch.no_grad():
+        z = fit_latents(model, train.batches()).sample((5,))
+        assert torch.equal(grids[0].images, model.decoder(z))
+
+
+def test_without_the_pictures_the_prior_stands_in_with_a_warning(folder, grids, capsys):
+    options = {"fitted": False, "dataset": "flowers102", "data_root": "nowhere"}
+    path = write_checkpoint(folder / "checkpoint.pt", **options)
+    for source in ("data", "prior"):
+        main([*arguments("sample"), "--from", source, "--checkpoint", str(path)])
+        line = capsys.readouterr().err
+        assert line.startswith("warning: the checkpoint has no fitted latents")
+        assert line.endswith("the prior stands in for them\n")
+        assert line.count("\n") == 1
+    assert torch.equal(grids[0].images, grids[1].images)
 
 
 # What goes wrong
@@ -421,12 +687,6 @@ def test_a_missing_checkpoint_is_named(folder, capsys):
     assert "none.pt does not exist" in fails(["sample", "--checkpoint", "none.pt"], capsys)
 
 
-def test_a_folder_without_runs_is_named(folder, capsys):
-    line = fails(["sample", "--log-dir", "nowhere"], capsys)
-    assert "nowhere holds no run" in line
-    assert "vae_training.py" in line
-
-
 def test_a_model_of_grey_images_is_refused(folder, capsys):
     config = {"image_resolution": [8, 8], "image_channels": 1, "latent_size": 2}
     model = VAE((8, 8), 2, 1)
@@ -435,13 +695,22 @@ def test_a_model_of_grey_images_is_refused(folder, capsys):
     assert "grey.pt is of a model" in fails(["explore", "--checkpoint", "grey.pt"], capsys)
 
 
-@pytest.mark.parametrize(
-    ("output", "named"), [("nowhere/flowers.png", "nowhere"), (".", "is not a file")]
-)
-def test_an_output_that_cannot_be_written_is_named(folder, checkpoint, capsys, output, named):
-    line = fails(["sample", "--output", output, "--checkpoint", str(checkpoint)], capsys, status=1)
-    assert str(folder) in line
-    assert named in line
+def test_an_output_in_a_folder_that_is_not_there_is_named(folder, checkpoint, capsys):
+    options = ["--output", "nowhere/flowers.png", "--checkpoint", str(checkpoint)]
+    assert str(folder / "nowhere") in fails([*arguments("sample"), *options], capsys, status=1)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device"])
+def test_an_output_that_is_not_a_file_is_not_replaced(folder, checkpoint, capsys, kind):
+    controller, terminal = os.openpty()
+    path = {"device": Path(os.ttyname(terminal))}.get(kind, folder / "flowers.png")
+    {"folder": os.mkdir, "fifo": os.mkfifo}.get(kind, os.stat)(path)
+    mode = path.stat().st_mode
+    options = ["--output", str(path), "--checkpoint", str(checkpoint)]
+    assert f"{path} is not a file" in fails([*arguments("sample"), *options], capsys, status=1)
+    assert path.stat().st_mode == mode
+    os.close(controller)
+    os.close(terminal)
 
 
 def test_neither_picture_nor_checkpoint_is_replaced_by_the_output(folder, checkpoint, capsys):
@@ -461,6 +730,8 @@ def test_neither_picture_nor_checkpoint_is_replaced_by_the_output(folder, checkp
         (["sample", "--device", "meta"], "device meta"),
         (["similar", "a.png", "--spread", "1.1"], "--spread: 1.1 given, 0 to 1 needed"),
         (["similar", "a.png", "--spread", "nan"], "--spread: nan given"),
+        (["sample", "--from", "nowhere"], "--from: invalid choice: 'nowhere'"),
+        (["explore", "a.png", "b.jpg"], "b.jpg"),
         (["interpolate", "a.png"], "IMAGE"),
         (["interpolate", "a.png", "b.jpg", "--steps", "1"], "--steps: 1 given, 2 to 100 needed"),
         (["traverse", "a.png", "b.jpg"], "b.jpg"),

@@ -224,7 +224,7 @@ def test_a_run_leaves_its_checkpoint_metrics_pictures_and_events_and_nothing_els
     assert names == {
         *(".lock", "checkpoint.pt", "metrics.json"),
         *("reconstructions.png", "samples.png", "samples_prior.png"),
-        *("00000", "projector_config.pbtxt", *(f"loss_{name}" for name in LOSSES)),
+        *("00003", "projector_config.pbtxt", *(f"loss_{name}" for name in LOSSES)),
     }
 
 

@@ -50,8 +50,8 @@ def near(mean: Tensor, latents: MultivariateNormal, count: int, spread: float) -
         count: how many.
         spread: 0 (each one is the picture's own mean) to 1 (any draw, nothing of the picture).
     """
-    centre, draws = latents.mean, latents.sample((count,))
-    return centre + math.sqrt(1 - spread**2) * (mean - centre) + spread * (draws - centre)
+    kept, draws = math.sqrt(1 - spread**2), latents.sample((count,))
+    return (1 - kept - spread) * latents.mean + kept * mean + spread * draws
 
 
 def spherical_steps(start: Tensor, end: Tensor, steps: int) -> Tensor:

@@ -173,21 +173,20 @@ def test_work_in_parallel_keeps_its_order_and_stops_at_the_first_error(capsys):
 
 def test_the_same_files_have_the_same_fingerprint(tmp_path):
     paths = [save_noise(tmp_path / f"{n}.jpg") for n in range(3)]
-    assert fingerprint(paths, (32, 32)) == fingerprint(paths, (32, 32))
+    assert fingerprint(paths) == fingerprint(list(paths))
 
 
-def test_another_size_order_or_source_has_another_fingerprint(tmp_path):
+def test_another_order_or_source_has_another_fingerprint(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     paths = [save_noise(tmp_path / f"{n}.jpg") for n in range(3)]
     elsewhere = [save_noise(tmp_path / "elsewhere" / f"{n}.jpg") for n in range(3)]
     fingerprints = {
-        fingerprint(paths, (32, 32)),
-        fingerprint(paths, (64, 64)),
-        fingerprint(paths[::-1], (32, 32)),
-        fingerprint(paths[:2], (32, 32)),
-        fingerprint(elsewhere, (32, 32)),
+        fingerprint(paths),
+        fingerprint(paths[::-1]),
+        fingerprint(paths[:2]),
+        fingerprint(elsewhere),
     }
-    assert len(fingerprints) == 5
+    assert len(fingerprints) == 4
 
 
 def test_a_changed_or_missing_file_has_another_fingerprint(tmp_path):
@@ -251,12 +250,10 @@ def test_pixels_are_computed_once(cache_folder):
 
 
 def test_another_key_is_computed_on_its_own(kept):
-    # The first twelve characters of a key stand in the file's name; the rest counts as well.
-    long_key = "0123456789ab"
     computation = Computation()
-    for key in ("other", f"{long_key}c", f"{long_key}d", f"{long_key}c"):
+    for key in ("other", "another", "another", "other"):
         assert np.array_equal(compute_once("pixels", key, computation), PIXELS)
-    assert computation.calls == 4
+    assert computation.calls == 3
 
 
 def test_a_byte_damaged_anywhere_never_changes_the_pixels(kept):
@@ -295,7 +292,7 @@ def test_a_truncated_file_is_computed_again_with_a_warning(kept, share):
 
 @pytest.mark.parametrize(
     "content",
-    [{"pixels": torch.from_numpy(PIXELS)}, [1, 2], 3, {"key": "key", "crc32": 0}],
+    [{"pixels": torch.from_numpy(PIXELS)}, [1, 2], 3],
 )
 def test_a_file_of_another_version_is_computed_again(kept, content):
     torch.save(content, kept)
@@ -315,7 +312,7 @@ class CreatesFile:
 
 def test_a_file_that_would_run_code_is_computed_again_and_runs_none(kept, tmp_path):
     victim = tmp_path / "victim"
-    np.savez(kept, key="key", pixels=np.array([CreatesFile(victim)]))
+    np.savez(kept, pixels=np.array([CreatesFile(victim)]))
     with pytest.warns(UserWarning, match=r"is damaged and made again \(ValueError\)"):
         assert np.array_equal(compute_once("pixels", "key", Computation()), PIXELS)
     assert not victim.exists()
@@ -333,7 +330,7 @@ def test_a_flipped_compression_byte_is_computed_again(kept, method):
 
 def test_a_zip_bomb_is_not_unpacked(kept, monkeypatch):
     with zipfile.ZipFile(kept, "w", zipfile.ZIP_DEFLATED) as bomb:
-        bomb.writestr("key.npy", bytes(50_000_000))
+        bomb.writestr("pixels.npy", bytes(50_000_000))
     assert kept.stat().st_size < 100_000
     monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: pytest.fail("it is unpacked"))
     with pytest.warns(UserWarning, match="is damaged and made again"):
@@ -345,9 +342,6 @@ def test_a_header_that_asks_for_more_than_the_memory_is_computed_again(kept):
     header = {"descr": "|u1", "fortran_order": False, "shape": (2**50,)}
     np.lib.format.write_array_header_1_0(pixels, header)
     with zipfile.ZipFile(kept, "w") as archive:
-        key = io.BytesIO()
-        np.save(key, np.array("key"))
-        archive.writestr("key.npy", key.getvalue())
         archive.writestr("pixels.npy", pixels.getvalue())
     with pytest.warns(UserWarning, match="is damaged and made again"):
         assert np.array_equal(compute_once("pixels", "key", Computation()), PIXELS)

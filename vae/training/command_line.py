@@ -1,14 +1,13 @@
 """What both scripts share: a command line whose every error is one line and an exit status."""
 
 import argparse
-import math
 import os
 import signal
 import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,35 +18,33 @@ RUNS = ROOT / "vae" / "runs"
 class Parser(argparse.ArgumentParser):
     """A parser that takes whole option names only, and whose errors are one line."""
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help, or one line where that cannot be written."""
+        with one_line_errors():
+            print(self.format_help(), end="", file=file)
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+
+def number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
     """Return an argparse type for a number from ``low`` to ``high``, both included."""
 
     def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} given, {low} to {high} needed")
-        return value
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} given, {low} to {high} needed")
 
     return parse
 
 
 def read_inference_line(description: str, arguments: Sequence[str] | None = None) -> Namespace:
-    """Read what ``vae_inference.py`` is to do: one sub-command for each way to look at a model.
-
-    Raises:
-        SystemExit: after ``--help``, or with one line and status 2 for what cannot be done.
-    """
+    """Read what ``vae_inference.py`` is to do: one sub-command for each way to look at a model."""
     parser = Parser(description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
@@ -65,8 +62,9 @@ def read_inference_line(description: str, arguments: Sequence[str] | None = None
         option(each, "--device", str, "auto", "cpu, cuda, mps ...; auto: an accelerator if any")
         return each
 
-    def option(each: Parser, name: str, kind: Callable, default: Any, help: str) -> None:
-        each.add_argument(name, type=kind, default=default, help=f"{help} (default: %(default)s)")
+    def option(each: Parser, name: str, kind: Any, default: Any, help: str, **more: Any) -> None:
+        help += " (default: %(default)s)"
+        each.add_argument(name, type=kind, default=default, help=help, **more)
 
     each = add("similar", "a picture, its reconstruction, and new flowers near it", "+")
     option(each, "--count", number(int, 1, 1000), 8, "new flowers for each picture")
@@ -74,8 +72,7 @@ def read_inference_line(description: str, arguments: Sequence[str] | None = None
     each = add("sample", "new flowers")
     option(each, "--count", number(int, 1, 1000), 64, "new flowers")
     text = "where the training pictures' latents are, or N(0, I)"
-    from_where = {"dest": "source", "choices": ("data", "prior"), "default": "data"}
-    each.add_argument("--from", help=f"{text} (default: %(default)s)", **from_where)
+    option(each, "--from", str, "data", text, dest="source", choices=("data", "prior"))
     add("reconstruct", "pictures beside their reconstructions", "+")
     each = add("interpolate", "the way from one picture to another", 2)
     option(each, "--steps", number(int, 2, 100), 8, "pictures on the way, both ends included")
@@ -94,9 +91,10 @@ def take_terminal() -> None:
     Ctrl-C is one line from here on, a stream that is closed is written to in vain, and what the
     terminal's encoding lacks is written as its number.
     """
-    signal.signal(signal.SIGINT, lambda *_: end(128 + signal.SIGINT, "Stopped by SIGINT."))
+    # At once: an import may swallow an exception, and Python's own end shows its traceback.
+    signal.signal(signal.SIGINT, lambda *_: end(130, "Stopped by SIGINT.", os._exit))
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (open to the end)
         stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
 
@@ -106,11 +104,8 @@ def one_line_errors() -> Iterator[None]:
     """End the program with one line and an exit status where something goes wrong inside.
 
     2 for what the user has to change (``ValueError``), 1 for what broke on the way (a full disk,
-    too little memory, a loss that is not finite), 128 and its number for a signal. Whatever else
-    is raised is a mistake in the code and keeps its traceback.
-
-    Raises:
-        SystemExit: with that status.
+    too little memory, a loss that is not finite), 128 and its number for a signal. A mistake in
+    the code keeps its traceback.
     """
     hook, threading.excepthook = threading.excepthook, leave_to_main
     try:
@@ -121,7 +116,7 @@ def one_line_errors() -> Iterator[None]:
     except (FloatingPointError, OSError) as error:
         end(1, f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not any(sign in repr(error).lower() for sign in ("memory", "bad_alloc", "new thread")):
             raise
         end(1, f"error: too little memory ({first_line(error)}): take a smaller model or batch")
     except KeyboardInterrupt as error:
@@ -136,15 +131,15 @@ def leave_to_main(error: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(error)
 
 
-def end(status: int, line: str) -> NoReturn:
+def end(status: int, line: str, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Print the last line of a program and exit."""
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # Full or gone: Python would try again on its way out, and say so in lines of its own.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(status)
+    for stream, text in ((sys.stderr, f"{Path(sys.argv[0]).name}: {line}\n"), (sys.stdout, "")):
+        try:
+            print(text, end="", file=stream, flush=True)
+        except (OSError, RuntimeError):
+            # Full, gone, or just being written to: Python would try once more, and say so.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    leave(status)
 
 
 def first_line(error: BaseException) -> str:

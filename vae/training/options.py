@@ -1,55 +1,46 @@
-"""One experiment: its options, presets and schedules. PyTorch is not imported here.
+"""One experiment: options, presets, schedules. Without PyTorch: ``--help`` comes at once."""
 
-So ``--help``, and every refusal that needs no data, come before PyTorch has been loaded.
-"""
-
-import argparse
 import math
 import os
 import re
+from argparse import SUPPRESS, BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from vae.training.command_line import ROOT, RUNS, Parser
 
-
-class Needed(NamedTuple):
-    """What an option's value has to be: in words, and as a check."""
-
-    words: str
-    holds: Callable[[Any], bool]
+Needed: TypeAlias = tuple[str, Callable[[Any], object]]
+"""What an option's value has to be: in words, and as a check."""
 
 
 def one_of(*choices: str) -> Needed:
     """Return the need for one of a few words."""
-    return Needed(f"one of {', '.join(choices)}", lambda value: value in choices)
+    return f"one of {', '.join(choices)}", lambda value: value in choices
 
 
 LIKELIHOOD = one_of("gaussian", "bernoulli", "sigma")
 BETA_SCHEDULE = one_of("constant", "linear", "cyclical")
 LR_SCHEDULE = one_of("constant", "cosine")
 DATASET = one_of("auto", "flowers102", "synthetic")
-COUNT = Needed("1 to 1000000", lambda value: 1 <= value <= 10**6)
-SIZE = Needed("a multiple of 8", lambda value: value >= 8 and value % 8 == 0)
-WEIGHT = Needed("a number of at least 0", lambda value: 0 <= value < math.inf)
-RATE = Needed("a number above 0", lambda value: 0 < value < math.inf)
-SEED = Needed("0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
-DEVICE = Needed(
+COUNT = ("1 to 1000000", lambda value: 1 <= value <= 10**6)
+SIZE = ("a multiple of 8", lambda value: value >= 8 and value % 8 == 0)
+WEIGHT = ("a number of at least 0", lambda value: 0 <= value < math.inf)
+RATE = ("a number above 0", lambda value: 0 < value < math.inf)
+SEED = ("0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
+DEVICE = (
     "auto, cpu, cuda, cuda:1, mps or xpu",
-    lambda value: re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", value),
+    re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?").fullmatch,
 )
-NAME = Needed(
+NAME = (
     "letters, digits and _ . + = - with no dot first or last",
-    lambda value: re.fullmatch(r"[\w.+=-]*", value) and value.strip(".") == value,
+    re.compile(r"(?!\.)[\w.+=-]*(?<!\.)").fullmatch,
 )
-ANY = Needed("", lambda value: True)
 
 
-def option(group: str, default: Any, help: str, needed: Needed = ANY) -> Any:
+def option(group: str, default: Any, help: str, needed: Needed = ("", lambda value: True)) -> Any:
     """Declare one option: a field of ``Options`` and a line of ``--help``."""
     return field(default=default, metadata={"group": group, "help": help, "needed": needed})
 
@@ -61,11 +52,7 @@ def flag(name: str) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """One experiment. The defaults are the post's.
-
-    Raises:
-        ValueError: for a value that no experiment can have.
-    """
+    """One experiment; the defaults are the post's. ``ValueError`` for a value that cannot be."""
 
     image_size: int = option("model", 32, "height and width in pixels", SIZE)
     latent_size: int = option("model", 10, "latent dimensions", COUNT)
@@ -95,28 +82,29 @@ class Options:
     def __post_init__(self) -> None:
         """Check every value, so that nothing starts that cannot end well."""
         for each in fields(self):
-            value, needed = getattr(self, each.name), each.metadata["needed"]
-            plain = as_plain(value, each.type)
-            if plain is None or not needed.holds(plain):
-                words = needed.words or each.type.__name__
-                raise ValueError(f"{flag(each.name)} is {value!r}: {words} is needed")
-            # A resumed run finds its pictures from another folder, too.
-            plain = os.path.abspath(plain) if each.name == "data_root" else plain
+            kind: Any = each.type
+            given, (words, holds) = getattr(self, each.name), each.metadata["needed"]
+            try:
+                # NumPy's numbers and paths become plain values, as a checkpoint needs them.
+                value = os.fspath(given) if kind is str else given
+                plain = kind(value)
+                fits = plain == value and holds(plain)
+            except (TypeError, ValueError, OverflowError, RuntimeError):
+                fits = False
+            if not fits:
+                needed = words or kind.__name__
+                raise ValueError(f"{flag(each.name)} is {given!r}: {needed} is needed")
             object.__setattr__(self, each.name, plain)
+        object.__setattr__(self, "data_root", os.path.abspath(self.data_root))  # from anywhere
         if self.beta_schedule == "linear" and not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(
-                f"--warmup-epochs is {self.warmup_epochs}: 0 to {self.epochs} (--epochs) is needed"
-            )
+            needed = f"0 to {self.epochs} (--epochs) is needed"
+            raise ValueError(f"--warmup-epochs is {self.warmup_epochs}: {needed}")
 
     def beta_at(self, epoch: int) -> float:
-        """Return the weight of the KL divergence in an epoch, counted from 0.
-
-        ``"linear"`` rises from 0 to ``beta`` over the warm-up (Bowman et al. 2016);
-        ``"cyclical"`` does so over the first half of each cycle (Fu et al. 2019).
-        """
-        if self.beta_schedule == "linear":
+        """Return the weight of the KL divergence in an epoch, counted from 0."""
+        if self.beta_schedule == "linear":  # up from 0 in the warm-up (Bowman et al. 2016)
             return self.beta * min(1.0, epoch / self.warmup_epochs if self.warmup_epochs else 1.0)
-        if self.beta_schedule == "cyclical":
+        if self.beta_schedule == "cyclical":  # in the first half of each cycle (Fu et al. 2019)
             return self.beta * min(1.0, 2 * (epoch / self.epochs * self.cycles % 1))
         return self.beta
 
@@ -134,100 +122,71 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def as_plain(value: Any, kind: type) -> Any:
-    """Return NumPy's numbers and paths as plain Python values; None for another kind of value."""
-    if kind is str:
-        return str(value) if isinstance(value, str | PathLike) else None
-    try:
-        plain = kind(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None
-    return plain if plain == value else None
-
-
 class Command(NamedTuple):
-    """What the command line of ``vae_training.py`` asks for."""
+    """What the command line asks for; ``given`` are the options that it or its preset names."""
 
     options: Options
     given: dict[str, Any]
-    """The options that were given, those of the preset included."""
     start: str
-    """``"new"``, ``"overwrite"`` or ``"resume"``."""
     folder: Path
 
 
 def read_command_line(description: str, arguments: Sequence[str] | None = None) -> Command:
-    """Read the options of a run, and how and where it starts.
-
-    Raises:
-        SystemExit: after ``--help``, or with one line and status 2 for what cannot be done.
-    """
+    """Read the options of a run, where it starts and how: "new", "overwrite" or "resume"."""
     parser = Parser(description=description, usage="%(prog)s [options]")
     parser.add_argument("--preset", choices=PRESETS, default="post", help="default: post")
     groups: dict[str, Any] = {}
     for each in fields(Options):
-        name, text, needed = (each.metadata[part] for part in ("group", "help", "needed"))
+        name, text, (words, _) = (each.metadata[part] for part in ("group", "help", "needed"))
         group = groups.setdefault(name, parser.add_argument_group(name))
+        how: Any = {"action": BooleanOptionalAction} if each.type is bool else {"type": each.type}
         if each.default != "":
-            text += f" ({needed.words + '; ' if needed.words else ''}default: {each.default})"
-        kind = (
-            {"action": argparse.BooleanOptionalAction}
-            if each.type is bool
-            else {"type": each.type, "metavar": each.type.__name__.upper()}
-        )
-        group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=text, **kind)
+            text += f" ({words + '; ' if words else ''}default: {each.default})"
+        group.add_argument(flag(each.name), default=SUPPRESS, help=text, **how)
     output = groups["output"].add_mutually_exclusive_group()
     output.add_argument("--overwrite", action="store_true", help="replace a run of the same name")
     output.add_argument("--resume", metavar="RUN", help="go on with a run: its name or its folder")
     given = vars(parser.parse_args(arguments))
     preset, overwrite, resume = (given.pop(name) for name in ("preset", "overwrite", "resume"))
-    start = "resume" if resume is not None else "overwrite" if overwrite else "new"
+    given = PRESETS[preset] | given
     try:
-        options = Options(**PRESETS[preset] | given)
-        name = resume or options.run_name or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder = Path(options.log_dir) / name
+        options = Options(**given)
+        name = resume or options.run_name or f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        folder, start = Path(options.log_dir) / name, "overwrite" if overwrite else "new"
         if resume is not None:
             # A run on synthetic flowers has that in its name.
             known = (folder, folder.with_name(f"{folder.name}-synthetic"))
             folder = next((each for each in known if each.is_dir()), Path(resume))
+            start = "resume"
         check_folder(folder, start)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    return Command(options, PRESETS[preset] | given, start, folder)
+    return Command(options, given, start, folder)
 
 
 def check_folder(folder: Path, start: str) -> None:
     """Raise ``ValueError`` unless a run can start in ``folder`` as ``start`` says."""
+    # A run that ended before its first checkpoint has left its lock.
+    content = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if start not in ("new", "resume", "overwrite"):
         raise ValueError(f"start is {start!r}: new, resume or overwrite is needed")
-    content = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if start == "resume":
-        if "checkpoint.pt" not in content:
-            raise ValueError(
-                f"{folder / 'checkpoint.pt'} does not exist: a checkpoint.pt of a run is needed"
-            )
-    # A run that ended before its first checkpoint has left its lock.
-    elif content - {".lock"} and start == "new":
-        raise ValueError(
-            f"{folder} exists already: give another --run-name, --resume {folder.name} to go on "
-            "with it, or --overwrite to replace it"
-        )
-    elif content and not content & {"checkpoint.pt", ".lock"}:
+    if start == "resume" and "checkpoint.pt" not in content:
+        missing = f"{folder}/checkpoint.pt does not exist"
+        raise ValueError(f"{missing}: a checkpoint.pt of a run is needed")
+    if start == "new" and content - {".lock"}:
+        ways = "another --run-name, --resume to go on with it, or --overwrite to replace it"
+        raise ValueError(f"{folder} exists already: give {ways}")
+    if start == "overwrite" and content and not content & {"checkpoint.pt", ".lock"}:
         raise ValueError(f"{folder} is not a run (no checkpoint.pt in it): it is not replaced")
 
 
 def resumed_options(config: dict[str, Any], given: dict[str, Any]) -> Options:
-    """Return the options of an interrupted run, with what may change as given now.
-
-    Raises:
-        ValueError: if ``given`` would make it another experiment.
-    """
-    known = {each.name for each in fields(Options)}
-    before = Options(**{name: value for name, value in config.items() if name in known})
+    """Return an interrupted run's options, with what may change as given now; else refuse."""
+    known = config.keys() & Options.__dataclass_fields__
+    before = Options(**{name: config[name] for name in known})
     free = {"data_root", "log_dir", "device", "checkpoint_every"}
-    if before.beta_schedule == before.lr_schedule == "constant" and (
-        given.get("epochs", before.epochs) >= before.epochs
-    ):
+    constant = before.beta_schedule == before.lr_schedule == "constant"
+    if constant and given.get("epochs", before.epochs) >= before.epochs:
         free.add("epochs")
     changes = [
         f"{flag(name)} {value} (the run has {getattr(before, name)})"
@@ -235,8 +194,6 @@ def resumed_options(config: dict[str, Any], given: dict[str, Any]) -> Options:
         if name not in free and value != getattr(before, name)
     ]
     if changes:
-        raise ValueError(
-            f"a resumed run stays the same experiment, but was given {', '.join(changes)}: leave "
-            "this out, or start a new run (--epochs may grow where both schedules are constant)"
-        )
+        refusal = f"a resumed run stays the same experiment: leave out {', '.join(changes)}"
+        raise ValueError(f"{refusal} (--epochs may grow where both schedules are constant)")
     return replace(before, **given)

@@ -150,12 +150,12 @@ def report(run: Run, model: VAE, splits: Splits) -> dict[str, Any]:
     }
     scores = {f"test/{name}": metrics["test"][name] for name in COMPARED}
     run.writer.add_hparams(experiment | {"dataset": splits.dataset}, scores, run_name=".")
-    write_latents(run.writer, model, splits)
+    write_latents(run.writer, model, splits, options.epochs)
     save_latents(latents, run.folder / "checkpoint.pt")  # the last: where they are, all is done
     return metrics
 
 
-def write_latents(writer: SummaryWriter, model: VAE, splits: Splits) -> None:
+def write_latents(writer: SummaryWriter, model: VAE, splits: Splits, epoch: int) -> None:
     """Write test latents with thumbnails and species to TensorBoard's Projector."""
     # The Projector shows up to 8,192 x 8,192 pixels of thumbnails; a thousand are enough.
     count = min(1000, (8192 // model.image_resolution[0]) ** 2)
@@ -163,7 +163,7 @@ def write_latents(writer: SummaryWriter, model: VAE, splits: Splits) -> None:
     means = torch.cat([model.encoder(batch)[0] for batch in pictures.split(64)])
     names = Flowers102.classes if splits.dataset == "flowers102" else range(102)
     species = [str(names[label]) for label in labels.tolist()]
-    writer.add_embedding(means, metadata=species, label_img=pictures, tag="test_latents")
+    writer.add_embedding(means, species, pictures, epoch, "test_latents")
 
 
 def summary(metrics: dict[str, Any], folder: Path) -> str:

@@ -32,8 +32,8 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, folder: Path) -> None:
         self.exit_status = 128 + number
         again = shlex.join([sys.executable, sys.argv[0], "--resume", str(folder)])
-        after = f"Go on with:\n{again}" if (folder / "checkpoint.pt").exists() else ""
-        super().__init__(f"Stopped by {signal.Signals(number).name}. {after}".strip())
+        after = f" Go on with:\n{again}" if (folder / "checkpoint.pt").exists() else ""
+        super().__init__(f"Stopped by {signal.Signals(number).name}.{after}")
 
 
 class Run:
@@ -42,35 +42,22 @@ class Run:
     Inside the block nobody else writes to the folder, PyTorch's random numbers are the run's own
     (the caller's go on afterwards as if nothing had been drawn), and a signal waits for the end of
     the epoch; a second one stops at once.
-
-    Args:
-        options: the experiment.
-        splits: the pictures, of ``options.image_size``.
-        folder: receives TensorBoard's events, checkpoints, metrics and pictures.
-        start: ``"new"``, ``"resume"`` (go on from the checkpoint), or ``"overwrite"``.
-
-    Raises:
-        ValueError: if options, pictures and folder do not fit together, if the device is not
-            there, or if another run is writing to the folder.
-        OSError: if the folder cannot be written to.
     """
 
     def __init__(self, options: Options, splits: Splits, folder: Path, start: str = "new") -> None:
-        height, width, channels = splits.train.pixels.shape[1:]
-        if (height, width, channels) != (options.image_size, options.image_size, 3):
-            raise ValueError(
-                f"the pictures are {height}x{width} with {channels} channels, --image-size is "
-                f"{options.image_size}: RGB pictures of the model's size are needed"
-            )
+        shape, size = splits.train.pixels.shape[1:], options.image_size
+        if shape != (size, size, 3):
+            given = "the pictures are {}x{} with {} channels".format(*shape)
+            raise ValueError(f"{given}, --image-size is {size}: RGB of that size is needed")
         check_folder(folder, start)
         self.options = replace(options, dataset=splits.dataset)
         self.folder, self.start = folder, start
         self.device = find_device(options.device)
-        self.config = asdict(self.options) | {
-            "image_resolution": [height, width],
-            "image_channels": channels,
-        }
-        self.pictures = pictures_checksum(splits)
+        self.config = asdict(self.options) | {"image_resolution": [size, size], "image_channels": 3}
+        self.place = f"{self.device.type} (threads: {torch.get_num_threads()})"
+        self.pictures = 0
+        for split in splits[:3]:
+            self.pictures = zlib.crc32(split.pixels.cpu().contiguous().numpy().data, self.pictures)
         self.stop_requested, self.in_epoch = 0, False
 
     def __enter__(self) -> "Run":
@@ -80,19 +67,15 @@ class Run:
             try:
                 stack.enter_context(FileLock(self.folder / ".lock", timeout=0))
             except Timeout:
-                raise ValueError(
-                    f"another run is writing to {self.folder}: wait for it, or stop it"
-                ) from None
+                raise ValueError(f"another run is writing to {self.folder}: wait for it") from None
             check_folder(self.folder, self.start)
-            # The caller's random numbers go on afterwards as if nothing had been drawn.
             own = [] if self.device.type == "cpu" else [self.device.index or 0]
             stack.enter_context(torch.random.fork_rng(own, device_type=self.device.type))
             # Signals reach only a program's main thread.
             if threading.current_thread() is threading.main_thread():
                 for number in (signal.SIGINT, signal.SIGTERM):
                     stack.callback(signal.signal, number, signal.signal(number, self.on_signal))
-            # A block that nothing touches: once one of 32 MB has been freed, glibc keeps a step's
-            # memory for the next step, which else takes and faults it in anew each time.
+            # Once 32 MB have been freed, glibc keeps a step's memory for the next: no page faults.
             torch.empty(2**25 - 2**13, dtype=torch.uint8)
             self.stack = stack.pop_all()
         return self
@@ -114,14 +97,7 @@ class Run:
         torch.manual_seed(int(mixed[0]))
 
     def begin(self, model: VAE, optimiser: Optimizer) -> tuple[SummaryWriter, int]:
-        """Write the first checkpoint, or take up model and optimiser where the last one left them.
-
-        Returns:
-            TensorBoard's writer, and the epoch to go on with.
-
-        Raises:
-            ValueError: if the checkpoint is damaged, or from another experiment.
-        """
+        """Save or restore; return TensorBoard's writer, and the epoch to begin or go on with."""
         self.started, epoch = time.perf_counter(), 0
         if self.start == "resume":
             epoch = self.restore(model, optimiser)
@@ -133,33 +109,24 @@ class Run:
                 elif path.name != ".lock":
                     path.unlink()
         self.writer = self.stack.enter_context(SummaryWriter(self.folder))
-        self.save_now(model, optimiser, epoch)
+        self.write(model, optimiser, epoch)
         self.in_epoch = epoch < self.options.epochs
         return self.writer, epoch
 
     def save(self, model: VAE, optimiser: Optimizer, epoch: int) -> None:
-        """Write a checkpoint if it is due after so many epochs; stop if a signal asked for it.
-
-        Raises:
-            FloatingPointError: if a weight is not finite; the checkpoint stays as it was.
-            OSError: if the folder cannot be written to; the checkpoint stays as it was.
-            Stopped: after SIGINT or SIGTERM.
-        """
+        """Write a checkpoint if it is due after so many epochs; stop if a signal asked for it."""
         self.in_epoch = epoch < self.options.epochs
-        due = epoch % self.options.checkpoint_every == 0
         stop = self.stop_requested  # read once: a signal may come between two looks
-        if due or not self.in_epoch or stop:
-            self.save_now(model, optimiser, epoch)
+        if stop or not self.in_epoch or epoch % self.options.checkpoint_every == 0:
+            self.write(model, optimiser, epoch)
         if stop:
             raise Stopped(stop, self.folder)
 
-    def save_now(self, model: VAE, optimiser: Optimizer, epoch: int) -> None:
-        """Write the checkpoint."""
+    def write(self, model: VAE, optimiser: Optimizer, epoch: int) -> None:
+        """Write a checkpoint; where that is an error, the last one stays as it was."""
         if not all(weight.isfinite().all() for weight in model.state_dict().values()):
-            raise FloatingPointError(
-                f"a weight is no longer finite after epoch {epoch - 1}: lower --learning-rate. "
-                f"The last good checkpoint is in {self.folder}"
-            )
+            what = f"a weight is no longer finite after epoch {epoch - 1}: lower --learning-rate"
+            raise FloatingPointError(f"{what}. The last good checkpoint is in {self.folder}")
         self.writer.flush()
         checkpoint = {
             "model": model.state_dict(),
@@ -167,59 +134,46 @@ class Run:
             "optimiser": optimiser.state_dict()["state"],
             "epoch": epoch,
             "seconds": time.perf_counter() - self.started,
+            "place": self.place,
             "pictures": self.pictures,
             "events": {name: file.stat().st_size for name, file in self.event_files().items()},
         }
         save_checkpoint(checkpoint, self.folder / "checkpoint.pt")
 
     def restore(self, model: VAE, optimiser: Optimizer) -> int:
-        """Take up model, optimiser and TensorBoard's events; return the epoch to go on with.
-
-        Raises:
-            ValueError: if the checkpoint is damaged, or from another experiment.
-        """
+        """Take up model, optimiser and TensorBoard's events; return the epoch to go on with."""
         checkpoint = load_checkpoint(self.folder / "checkpoint.pt")
-        if "random" in checkpoint:
-            raise ValueError(
-                f"{self.folder} was trained by an older version of this repository: its model can "
-                "be used (vae_inference.py), but the run cannot go on"
-            )
         same = {name: value for name, value in asdict(self.options).items() if name != "run_name"}
         resumed_options(checkpoint["config"], same)
         if checkpoint.get("pictures") != self.pictures:
-            raise ValueError(
-                "the checkpoint is from training on other pictures: give --data-root the folder "
-                "that the run began with"
-            )
+            raise ValueError("the run began with other pictures: give their folder to --data-root")
         try:
             epoch, events, state = (checkpoint[part] for part in ("epoch", "events", "optimiser"))
             if epoch not in range(self.options.epochs + 1):
                 raise ValueError(f"its epoch is {epoch!r}")
-            # Adam trusts what it is given: moments of another size, or of another order in memory
-            # than the weights', would crash the process.
+            # Adam trusts what it is given: moments of another size or order would crash Python.
             for index, weight in enumerate(model.parameters() if state or epoch else ()):
-                own = weight.detach()
-                moments = {"step": torch.tensor(0.0), "exp_avg": own, "exp_avg_sq": own}
-                if not all(same_kind(state[index][name], like) for name, like in moments.items()):
-                    raise ValueError("the optimiser's state does not fit the model")
-                for name, like in moments.items():
-                    state[index][name] = torch.empty_like(like).copy_(state[index][name])
+                like = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
+                for name, own in like.items():
+                    if not same_kind(state[index][name], own):
+                        raise ValueError("the optimiser's state does not fit the model")
+                    state[index][name] = torch.empty_like(own.detach()).copy_(state[index][name])
             load_weights(model, checkpoint["model"])
-            groups = optimiser.state_dict()["param_groups"]
-            optimiser.load_state_dict({"state": state, "param_groups": groups})
+            optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
             self.started -= checkpoint["seconds"]
-            # TensorBoard's own way, purge_step, knows one step for all tags: pictures count in
-            # epochs, losses in batches.
+            # TensorBoard's purge_step is one for all tags: pictures count epochs, losses batches.
             for name, file in self.event_files().items():
-                if name not in events:
+                if name in events:
+                    os.truncate(file, min(events[name], file.stat().st_size))
+                else:
                     file.unlink()
-                elif events[name] < file.stat().st_size:
-                    os.truncate(file, events[name])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise ValueError(f"the checkpoint cannot be resumed from: {reason}") from None
+            raise ValueError(f"the checkpoint cannot be resumed from: {error!r}") from None
         for unfinished in self.folder.glob(".*.unfinished"):
             unfinished.unlink()
+        if (place := checkpoint.get("place", self.place)) != self.place:
+            moved = f"the run was on {place} and is now on {self.place}"
+            print(f"warning: {moved}: no longer bit for bit the uninterrupted run", file=sys.stderr)
         return epoch
 
     def event_files(self) -> dict[str, Path]:
@@ -230,11 +184,7 @@ class Run:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of that name; ``"auto"`` is the accelerator if there is one, else the CPU.
-
-    Raises:
-        ValueError: if there is no such device here.
-    """
+    """Return the device of that name, or refuse; ``"auto"`` is the accelerator, else the CPU."""
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -242,11 +192,3 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {name} is not available here: {first_line(error)}") from None
     return torch.device(name)
-
-
-def pictures_checksum(splits: Splits) -> int:
-    """Return a checksum of all pictures."""
-    checksum = 0
-    for split in (splits.train, splits.val, splits.test):
-        checksum = zlib.crc32(split.pixels.cpu().contiguous().numpy(), checksum)
-    return checksum

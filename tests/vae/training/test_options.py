@@ -51,7 +51,8 @@ def test_a_preset_is_of_options_that_can_be(preset):
 
 @pytest.mark.parametrize(("name", "known"), [("likelihood", LIKELIHOODS), ("dataset", DATASETS)])
 def test_the_choices_are_those_that_the_code_knows(name, known):
-    assert FIELDS[name].metadata["needed"].words == f"one of {', '.join(known)}"
+    words, _ = FIELDS[name].metadata["needed"]
+    assert words == f"one of {', '.join(known)}"
     assert [getattr(Options(**{name: value}), name) for value in known] == list(known)
 
 
@@ -79,11 +80,20 @@ def test_a_truth_value_of_any_kind_becomes_a_bool(name, kind):
         assert getattr(Options(**{name: kind(value)}), name) is value
 
 
-@pytest.mark.parametrize("name", ["data_root", "log_dir", "run_name"])
+@pytest.mark.parametrize("name", ["log_dir", "run_name", "data_root"])
 @pytest.mark.parametrize("kind", [Path, np.str_])
 def test_a_path_becomes_a_str(name, kind):
     value = getattr(Options(**{name: kind("flowers")}), name)
-    assert (value, type(value)) == ("flowers", str)
+    expected = os.path.abspath("flowers") if name == "data_root" else "flowers"
+    assert (value, type(value)) == (expected, str)
+
+
+def test_the_folder_of_the_pictures_is_found_again_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = Options(data_root="../flowers")
+    assert options.data_root == str(tmp_path.parent / "flowers")
+    monkeypatch.chdir("/")
+    assert resumed_options(asdict(options), {}) == options
 
 
 @pytest.mark.parametrize(
@@ -231,7 +241,7 @@ def test_every_option_has_a_flag():
         **{"image_size": 16, "latent_size": 3, "batch_norm": True, "likelihood": "sigma"},
         **{"beta": 0.5, "beta_schedule": "linear", "warmup_epochs": 2, "cycles": 3, "epochs": 9},
         **{"batch_size": 5, "learning_rate": 1e-3, "lr_schedule": "cosine", "augment": True},
-        **{"seed": 7, "device": "cpu", "dataset": "synthetic", "data_root": "here"},
+        **{"seed": 7, "device": "cpu", "dataset": "synthetic", "data_root": "/here"},
         **{"log_dir": "there", "run_name": "first", "checkpoint_every": 4},
     }
     assert values.keys() == FIELDS.keys()
@@ -263,12 +273,21 @@ def test_a_run_is_named_by_date_and_time_if_not_otherwise(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["first", "{runs}/first"])
-def test_a_run_is_resumed_by_its_name_or_its_folder(tmp_path, where):
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "checkpoint.pt").touch()
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        (("first",), "first"),
+        (("first-synthetic",), "first-synthetic"),
+        (("first", "first-synthetic"), "first"),
+    ],
+)
+def test_a_run_is_resumed_by_its_name_or_its_folder(tmp_path, where, runs, expected):
+    for name in runs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").touch()
     arguments = ["--log-dir", str(tmp_path), "--resume", where.format(runs=tmp_path)]
     command = read_command_line("", arguments)
-    assert (command.start, command.folder) == ("resume", tmp_path / "first")
+    assert (command.start, command.folder) == ("resume", tmp_path / expected)
 
 
 def test_help_shows_every_option_in_its_group_with_need_and_default(capsys):
@@ -278,7 +297,7 @@ def test_help_shows_every_option_in_its_group_with_need_and_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "What it is for." in text
     for each in FIELDS.values():
-        words = each.metadata["needed"].words
+        words, _ = each.metadata["needed"]
         assert f"{flag(each.name)}" in text
         assert each.metadata["help"] in text
         assert each.default == "" or re.search(
@@ -335,7 +354,7 @@ def test_a_run_starts_where_there_is_nothing_but_a_lock(tmp_path, start, content
 def test_a_new_run_starts_nowhere_else(tmp_path, content):
     folder = folder_of(tmp_path, *content)
     message = (
-        f"{folder} exists already: give another --run-name, --resume run to go on with it, or "
+        f"{folder} exists already: give another --run-name, --resume to go on with it, or "
         "--overwrite to replace it"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -389,7 +408,7 @@ CONFIG = asdict(Options(epochs=5, dataset="synthetic")) | {
         {"beta": 0.1, "seed": 0},
         {"epochs": 9},
         {"device": "cuda", "checkpoint_every": 1},
-        {"data_root": "elsewhere", "log_dir": "there"},
+        {"data_root": "/elsewhere", "log_dir": "there"},
     ],
 )
 def test_a_resumed_run_keeps_its_options_but_for_what_does_not_change_the_experiment(given):
@@ -439,4 +458,3 @@ def test_options_hold_whatever_a_checkpoint_can():
     options = Options(epochs=np.int64(5), beta=np.float64(0.5), data_root=Path("here"))
     kinds = {type(value) for value in asdict(options).values()}
     assert kinds == {int, float, bool, str}
-    assert os.fspath(options.data_root) == "here"

@@ -317,7 +317,7 @@ def test_pictures_that_are_not_square_or_not_rgb_are_refused(folder, splits, sha
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "xpu", "mps", "cpu:x"])
+@pytest.mark.parametrize("name", ["cuda:99", "xpu", "mps", "cpu:x", "meta", "toaster", ""])
 def test_a_device_that_is_not_there_is_refused_in_one_line(name):
     with pytest.raises(ValueError, match=f"device {name} is not available here: .+") as error:
         find_device(name)
@@ -417,16 +417,37 @@ def test_other_pictures_are_refused(finished, split):
     other = make_splits()
     getattr(other, split).pixels[3, 1, 2, 0] ^= 1
     before = content(finished)
-    with pytest.raises(ValueError, match="is from training on other pictures: give --data-root"):
+    with pytest.raises(ValueError, match=r"began with other pictures: give .* to --data-root"):
         train_small(finished, other, "resume", epochs=4)
     assert content(finished) == before
 
 
-def test_a_checkpoint_of_an_older_version_is_refused_and_its_model_can_be_used(finished, splits):
-    change(finished, lambda checkpoint: checkpoint.update(random={}, batch=0))
-    with pytest.raises(ValueError, match=r"older version .*\(vae_inference\.py\)"):
-        train_small(finished, splits, "resume", epochs=4)
-    load_model(finished / "checkpoint.pt")
+def test_another_number_of_threads_is_said_in_one_line_and_no_refusal(finished, splits, capfd):
+    change(finished, lambda checkpoint: checkpoint.update(place="cpu (threads: 9)"))
+    train_small(finished, splits, "resume", epochs=4)
+    before, now = "cpu (threads: 9)", f"cpu (threads: {torch.get_num_threads()})"
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert line.startswith(f"warning: the run was on {before} and is now on {now}: ")
+    assert line.endswith("no longer bit for bit the uninterrupted run")
+    assert load_checkpoint(finished / "checkpoint.pt")["place"] == now
+
+
+@pytest.mark.parametrize("edit", [lambda it: None, lambda it: it.pop("place")], ids=["same", "-"])
+def test_nothing_is_said_of_the_same_threads_and_device(finished, splits, capfd, edit):
+    change(finished, edit)
+    train_small(finished, splits, "resume", epochs=4)
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_threads_that_are_really_more_are_noticed(folder, splits, capfd):
+    threads = torch.get_num_threads()
+    train_small(folder, splits)
+    torch.set_num_threads(threads + 1)
+    try:
+        train_small(folder, splits, "resume", epochs=4)
+    finally:
+        torch.set_num_threads(threads)
+    assert f"now on cpu (threads: {threads + 1})" in capfd.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_refused_and_nothing_touched(finished, splits):

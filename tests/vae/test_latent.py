@@ -1,0 +1,191 @@
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from vae.latent import fit_latents, near, prior, spherical_steps, variation_per_dimension
+from vae.vae import VAE
+
+MEAN = torch.tensor([[3.0, -2.0]])
+"""Of one picture's posterior."""
+LATENTS = MultivariateNormal(torch.tensor([1.0, 0.5]), torch.tensor([[2.0, -0.9], [-0.9, 0.5]]))
+DRAWS = 100_000
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """PyTorch's random numbers follow from ``seed`` inside, and go on afterwards as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@pytest.fixture
+def model() -> VAE:
+    """A small model whose latents differ from picture to picture."""
+    with seeded():
+        model = VAE((8, 8), 3, 3).eval().requires_grad_(False)
+        for weight in (model.encoder.fcm.weight, model.encoder.fcv.weight, model.decoder.fc.weight):
+            weight.mul_(20)
+    return model
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    with seeded(1):
+        return torch.rand(40, 3, 8, 8)
+
+
+# The prior, and the distribution of all latents.
+
+
+def test_the_prior_is_the_standard_normal_distribution(model):
+    assert torch.equal(prior(model).mean, torch.zeros(3))
+    assert torch.equal(prior(model).covariance_matrix, torch.eye(3))
+
+
+def test_latents_are_fitted_by_the_moments_of_the_aggregate_posterior(model, images):
+    means, log_vars = (each.double().numpy() for each in model.encoder(images))
+    latents = fit_latents(model, images.split(16))
+    covariance = np.cov(means.T, bias=True) + np.diag(np.exp(log_vars).mean(axis=0))
+    assert np.abs(np.corrcoef(means.T)[0, 1:]).max() > 0.1
+    assert np.allclose(latents.mean, means.mean(axis=0), rtol=1e-5)
+    assert np.allclose(latents.covariance_matrix, covariance, rtol=1e-4, atol=1e-5)
+
+
+def test_draws_from_all_posteriors_have_the_fitted_moments(model, images):
+    latents = fit_latents(model, [images])
+    mean, log_var = (each.repeat(5000, 1) for each in model.encoder(images))
+    with seeded():
+        z = model.sample_latent(mean, log_var)
+    assert torch.allclose(z.mean(dim=0), latents.mean, atol=0.01 * latents.stddev.max())
+    largest = latents.covariance_matrix.max()
+    assert torch.allclose(z.T.cov(), latents.covariance_matrix, atol=0.02 * largest)
+
+
+def test_the_fit_does_not_depend_on_the_batches(model, images):
+    whole, parts = fit_latents(model, [images]), fit_latents(model, images.split(7))
+    assert torch.allclose(whole.mean, parts.mean)
+    assert torch.allclose(whole.covariance_matrix, parts.covariance_matrix, rtol=1e-4)
+
+
+def test_a_single_image_has_its_own_posterior_as_the_fit(model, images):
+    mean, log_var = model.encoder(images[:1])
+    latents = fit_latents(model, [images[:1]])
+    assert torch.equal(latents.mean, mean[0])
+    assert torch.allclose(latents.covariance_matrix, log_var[0].exp().diag(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_latents_on_a_line_and_without_width_can_still_be_drawn(model, images, scale):
+    model.encoder.fcv.bias.fill_(-100)
+    model.encoder.fcm.weight[1:] = model.encoder.fcm.weight[0]
+    model.encoder.fcm.weight.mul_(scale)
+    z = fit_latents(model, [images]).sample((100,))
+    assert z.isfinite().all()
+
+
+def test_the_fit_keeps_no_gradients(model, images):
+    latents = fit_latents(model.requires_grad_(True), [images])
+    assert not latents.mean.requires_grad
+    assert not latents.covariance_matrix.requires_grad
+
+
+# Near one picture.
+
+
+def test_at_spread_0_each_draw_is_exactly_the_pictures_mean():
+    mean = torch.tensor([[0.1, 1e-9]])
+    assert torch.equal(near(mean, LATENTS, 3, 0.0), mean.repeat(3, 1))
+
+
+def test_at_spread_1_draws_are_exactly_those_of_the_latents():
+    with seeded():
+        z = near(MEAN, LATENTS, 100, 1.0)
+    with seeded():
+        assert torch.equal(z, LATENTS.sample((100,)))
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.6])
+def test_in_between_mean_and_covariance_are_as_documented(spread):
+    with seeded():
+        z = near(MEAN, LATENTS, DRAWS, spread)
+    mean = LATENTS.mean + math.sqrt(1 - spread**2) * (MEAN[0] - LATENTS.mean)
+    assert torch.allclose(z.mean(dim=0), mean, atol=0.02)
+    assert torch.allclose(z.T.cov(), spread**2 * LATENTS.covariance_matrix, atol=0.02)
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.6, 1.0])
+def test_draws_near_pictures_from_the_latents_are_distributed_as_the_latents(spread):
+    with seeded():
+        z = near(LATENTS.sample((DRAWS,)), LATENTS, DRAWS, spread)
+    assert torch.allclose(z.mean(dim=0), LATENTS.mean, atol=0.02)
+    assert torch.allclose(z.T.cov(), LATENTS.covariance_matrix, atol=0.04)
+
+
+# From one picture to another.
+
+
+def test_spherical_steps_keep_the_distance_from_the_origin():
+    start, end = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 2.0]])
+    z = spherical_steps(start, end, 5)
+    assert torch.allclose(z[[0, -1]], torch.cat((start, end)), atol=1e-6)
+    assert torch.allclose(z.norm(dim=1), torch.full((5,), 2.0))
+    angles = torch.acos(torch.cosine_similarity(z[1:], z[:-1]))
+    assert torch.allclose(angles, torch.full((4,), math.pi / 8), atol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, -1.0, 0.0])
+def test_spherical_steps_between_vectors_on_one_line_are_finite(factor):
+    start = torch.tensor([[1.0, 2.0]])
+    z = spherical_steps(start, factor * start, 4)
+    assert torch.allclose(z[[0, -1]], torch.cat((start, factor * start)), atol=1e-6)
+    assert z.isfinite().all()
+
+
+def test_spherical_steps_from_a_vector_to_itself_stay_there():
+    with seeded():
+        for start in torch.randn(200, 1, 10):
+            z = spherical_steps(start, start.clone(), 5)
+            assert torch.allclose(z, start.repeat(5, 1), atol=1e-5)
+
+
+# Along one dimension.
+
+
+def test_a_dimension_that_the_decoder_ignores_has_no_share_of_the_variation(model):
+    model.decoder.fc.weight[:, 2] = 0
+    model.decoder.fc.weight[:, 1] *= 5
+    with seeded():
+        shares = variation_per_dimension(model)
+    assert shares[2] == 0
+    assert shares.argmax() == 1
+    assert 0.9 < shares.sum() < 2
+
+
+class Known(VAE):
+    """A model whose decoder draws a known image of z."""
+
+    def __init__(self, draw) -> None:
+        super().__init__((8, 8), 3, 3)
+        self.decoder.forward = lambda z: draw(z)[:, None, None, None]
+
+
+def test_the_shares_of_a_sum_are_those_of_its_terms_variances():
+    with seeded():
+        shares = variation_per_dimension(Known(lambda z: 3 * z[:, 0] + z[:, 1]), DRAWS)
+    assert torch.allclose(shares, torch.tensor([0.9, 0.1, 0.0]), atol=0.02)
+
+
+def test_dimensions_that_act_together_both_have_the_share_of_their_product():
+    with seeded():
+        shares = variation_per_dimension(Known(lambda z: z[:, 0] * z[:, 1]), DRAWS)
+    assert torch.allclose(shares, torch.tensor([1.0, 1.0, 0.0]), atol=0.05)
+
+
+def test_a_decoder_that_always_draws_the_same_has_no_variation():
+    assert torch.equal(variation_per_dimension(Known(lambda z: 0 * z[:, 0])), torch.zeros(3))
