@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def sample(model: VAE, latents: MultivariateNormal, options: argparse.Namespace)
     """Draw new flowers from where the training pictures' latents are, or from the prior."""
     source = latents if options.source == "data" else prior(model)
     images = model.decoder(source.sample((options.count,)))
-    return draw_grid(images, math.ceil(math.sqrt(options.count)))
+    # Twice as wide as high.
+    return draw_grid(images, math.ceil(math.sqrt(2 * options.count)))
 
 
 def reconstruct(model: VAE, _: MultivariateNormal, options: argparse.Namespace) -> bytes:
@@ -196,7 +198,7 @@ def find_checkpoint(log_dir: Path) -> Path:
 
 def refit_latents(model: VAE, config: dict[str, Any]) -> MultivariateNormal:
     """Fit the latents of a run that has not ended, where its pictures are at hand."""
-    dataset, data_root = config.get("dataset"), Path(config.get("data_root", ""))
+    dataset, data_root = config.get("dataset"), Path(str(config.get("data_root")))
     if dataset == "synthetic" or (dataset == "flowers102" and is_on_disk(data_root)):
         train = load_splits(dataset, data_root, model.image_resolution).train
         return fit_latents(model, train.to(model.decoder.fc.weight.device).batches())
@@ -218,14 +220,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says and write one file."""
     options = read_inference_line(__doc__, arguments)
     checkpoint = options.checkpoint or find_checkpoint(options.log_dir)
-    if options.output.resolve() in [each.resolve() for each in (checkpoint, *options.images)]:
+    sources = [os.path.realpath(each) for each in (checkpoint, *options.images)]
+    if os.path.realpath(options.output) in sources:
         raise ValueError(f"{options.output} would be replaced: name another file with --output")
     model, config, latents = load_model(checkpoint, find_device(options.device))
     if config["image_channels"] != 3:
         raise ValueError(f"{checkpoint} is of a model whose images are not RGB: choose another")
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        latents = latents or refit_latents(model, config)
+        if not latents:
+            drawn = options.command in ("similar", "sample", "explore")
+            latents = refit_latents(model, config) if drawn else prior(model)
         content = COMMANDS[options.command](model, latents, options)
     with replace_atomically(options.output) as file:
         file.write(content)

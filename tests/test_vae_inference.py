@@ -340,8 +340,10 @@ def test_sample_draws_from_the_prior_if_told_to(folder, checkpoint, model, grids
         assert torch.equal(grids[0].images, model.decoder(prior(model).sample((7,))))
 
 
-@pytest.mark.parametrize(("count", "columns"), [(1, 1), (7, 3), (9, 3)])
-def test_sample_arranges_its_flowers_in_a_square(folder, checkpoint, grids, count, columns):
+@pytest.mark.parametrize(("count", "columns"), [(1, 2), (8, 4), (50, 10)])
+def test_sample_arranges_its_flowers_in_a_rectangle_twice_as_wide_as_high(
+    folder, checkpoint, grids, count, columns
+):
     main(["sample", "--count", str(count), "--checkpoint", str(checkpoint)])
     assert (len(grids[0].images), grids[0].columns) == (count, columns)
 

@@ -33,7 +33,7 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
         OSError: if the folder cannot be written to, the disk is full, or ``path`` is something
             else than a file.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # which, unlike resolve(), bears a link to itself
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a file and is not replaced by one")
     descriptor, temporary = tempfile.mkstemp(".unfinished", f".{path.name}.", path.parent)
