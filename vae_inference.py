@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -37,6 +38,8 @@ from vae.vae import VAE
 ROOT = Path(__file__).parent
 TRAINED = ROOT / "results" / "trained.pt"
 """The model that comes with the repository."""
+SIGNATURE = b"vae_inference.py"
+"""Stands in every file that is written here."""
 SMALLEST_SIDE = 128
 """Pixels that each picture of a grid has at least on its shorter side."""
 
@@ -109,8 +112,8 @@ def explore(model: VAE, latents: MultivariateNormal, options: argparse.Namespace
         "centre": latents.mean.tolist(),
         "scale": latents.scale_tril.tolist(),
         "layers": [
-            {"weight": base64_float32(layer.weight), "bias": base64_float32(layer.bias)}
-            for layer in layers_of(model.decoder)
+            {"weight": base64_float32(weight), "bias": base64_float32(bias)}
+            for weight, bias in (layer.parameters() for layer in layers_of(model.decoder))
         ],
     }
     template = (ROOT / "vae" / "explore.html").read_text(encoding="utf-8")
@@ -119,10 +122,11 @@ def explore(model: VAE, latents: MultivariateNormal, options: argparse.Namespace
 
 def layers_of(decoder: Decoder) -> list[nn.Linear | nn.ConvTranspose2d]:
     """Return the decoder's linear layer and its transposed convolutions, batch norms folded in."""
-    layers = [decoder.fc]
+    layers: list[nn.Linear | nn.ConvTranspose2d] = [decoder.fc]
     for deconv, norm in ((decoder.deconv1, decoder.norm1), (decoder.deconv2, decoder.norm2)):
-        folded = isinstance(norm, nn.BatchNorm2d)
-        layers.append(fuse_conv_bn_eval(deconv, norm, transpose=True) if folded else deconv)
+        if isinstance(norm, nn.BatchNorm2d):
+            deconv = fuse_conv_bn_eval(deconv, norm, transpose=True)
+        layers.append(deconv)
     return [*layers, decoder.deconv3]
 
 
@@ -177,7 +181,9 @@ def draw_grid(
         x, y = left + mark * width + 2, top + (row + 1) * height
         draw.polygon([(x, y - 12), (x - 8, y + 3), (x + 8, y + 3)], "#c2407e", "white")
     file = io.BytesIO()
-    canvas.save(file, "PNG")
+    signature = PngInfo()
+    signature.add_text("Software", SIGNATURE.decode())
+    canvas.save(file, "PNG", pnginfo=signature)
     return file.getvalue()
 
 
@@ -188,7 +194,7 @@ def find_checkpoint(log_dir: Path) -> Path:
         ValueError: if there is none in a folder that is not the usual one.
     """
     found = list(log_dir.glob("*/checkpoint.pt"))
-    if not found and log_dir != RUNS:
+    if not found and log_dir.absolute() != RUNS.absolute():
         raise ValueError(
             f"{log_dir} holds no run with a checkpoint.pt: train a model with vae_training.py, or "
             "name a checkpoint with --checkpoint"
@@ -220,9 +226,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says and write one file."""
     options = read_inference_line(__doc__, arguments)
     checkpoint = options.checkpoint or find_checkpoint(options.log_dir)
+    output = options.output or options.usual_output
+    if not options.output and output.is_file() and SIGNATURE not in output.read_bytes():
+        raise ValueError(f"{output} is not this script's: name it with --output to replace it")
     sources = [os.path.realpath(each) for each in (checkpoint, *options.images)]
-    if os.path.realpath(options.output) in sources:
-        raise ValueError(f"{options.output} would be replaced: name another file with --output")
+    if os.path.realpath(output) in sources:
+        raise ValueError(f"{output} would be replaced: name another file with --output")
     model, config, latents = load_model(checkpoint, find_device(options.device))
     if config["image_channels"] != 3:
         raise ValueError(f"{checkpoint} is of a model whose images are not RGB: choose another")
@@ -232,11 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             drawn = options.command in ("similar", "sample", "explore")
             latents = refit_latents(model, config) if drawn else prior(model)
         content = COMMANDS[options.command](model, latents, options)
-    with replace_atomically(options.output) as file:
+    with replace_atomically(output) as file:
         file.write(content)
     if not options.checkpoint:
         print(f"drawn by the model in {checkpoint}", file=sys.stderr)
-    print(options.output)
+    print(output)
 
 
 if __name__ == "__main__":

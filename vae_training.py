@@ -66,7 +66,8 @@ def train(
             image_channels=3,
             latent_size=options.latent_size,
             batch_norm=options.batch_norm,
-        ).to(run.device, memory_format=torch.channels_last)  # the convolutions are faster so
+        ).to(run.device)
+        model.to(memory_format=torch.channels_last)  # the convolutions are faster so
         loss = ELBOLoss(beta=options.beta, likelihood=options.likelihood)
         optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate, fused=True)
 

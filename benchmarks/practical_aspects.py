@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,14 +233,14 @@ def main() -> None:
     old = document.read_text() if document.exists() else ""
     document.write_text(f"{report(results)}\n{NOTES}{old.partition(NOTES)[2] or chr(10)}")
     story = {name: folders[name] / "0" for name in ("beta 10", "beta 10, linear warm-up")}
-    for name, size, plot, shown in (
-        ("practical_aspects", (8, 6.5), plot_errors, results),
-        ("rate_distortion", (7, 7), plot_betas, results),
-        ("latent_size", (7, 4), plot_sizes, results),
-        ("kl_story", (10, 6.5), plot_kl_story, story),
+    for name, size, plot in (
+        ("practical_aspects", (8, 6.5), partial(plot_errors, results)),
+        ("rate_distortion", (7, 7), partial(plot_betas, results)),
+        ("latent_size", (7, 4), partial(plot_sizes, results)),
+        ("kl_story", (10, 6.5), partial(plot_kl_story, story)),
     ):
         figure = Figure(figsize=size, layout="constrained")
-        plot(shown, figure)
+        plot(figure)
         figure.savefig(command.output / f"{name}.png", dpi=110)
     print(f"Wrote practical_aspects.md and four figures to {command.output}")
 

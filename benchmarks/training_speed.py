@@ -70,7 +70,7 @@ def train_plainly(options: Options, logs: Path) -> None:
     else:
         data = test_data = ImageFolder(root, transform)
     loader = torch.utils.data.DataLoader(data, options.batch_size, shuffle=True)
-    test_batches = iter(torch.utils.data.DataLoader(test_data, 5, shuffle=True))
+    test_loader = torch.utils.data.DataLoader(test_data, 5, shuffle=True)
     model, loss = plain_vae(), ELBOLoss(beta=0.1)
     optimiser = Adam(model.parameters(), lr=1e-4)
     with SummaryWriter(logs) as writer:
@@ -81,7 +81,7 @@ def train_plainly(options: Options, logs: Path) -> None:
                 writer.add_scalars("loss", {"KL": kl, "squares": squares, "total": total}, step)
                 total.backward()
                 optimiser.step()
-            x, _ = next(test_batches)
+            x, _ = next(iter(test_loader))
             writer.add_image("originals", make_grid(x), epoch)
             writer.add_image("reconstructions", make_grid(model(x)[0]), epoch)
             print(f"{epoch}: {squares:.2f}, {kl:.2f}, {total:.2f}")

@@ -1,4 +1,4 @@
-"""Every command and every snippet of the README, run in a fresh copy of the repository, in order."""
+"""Every command and snippet of the README, run in a fresh copy of the repository, in order."""
 
 import re
 import shlex

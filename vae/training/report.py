@@ -111,7 +111,7 @@ def report(run: Run, model: VAE, splits: Splits) -> dict[str, Any]:
     loss = ELBOLoss(options.beta, options.likelihood)
     components = options.latent_size
     latents = fit_latents(model, splits.train.batches())
-    metrics = {
+    metrics: dict[str, Any] = {
         "dataset": splits.dataset,
         "epochs": options.epochs,
         "parameters": sum(weight.numel() for weight in model.parameters()),
