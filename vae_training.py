@@ -4,10 +4,9 @@ from vae.training.command_line import take_terminal
 from vae.training.options import Options, read_command_line
 
 if __name__ == "__main__":
-    take_terminal()
+    take_terminal()  # from here on Ctrl-C is one line
     read_command_line(__doc__)  # --help and mistakes are answered before PyTorch is loaded
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,11 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from datasets.flowers102 import is_on_disk
-from datasets.pictures import Splits, augment, load_splits, whole_batch
+from datasets.pictures import Splits, augment, whole_batch
 from vae.losses import ELBOLoss
-from vae.training.checkpoint import load_checkpoint
 from vae.training.command_line import one_line_errors
-from vae.training.options import resumed_options
 from vae.training.report import opening, report, summary, write_losses, write_validation
-from vae.training.run import Run, find_device
+from vae.training.run import Run, prepare
 from vae.vae import VAE
 
 
@@ -49,6 +45,7 @@ def train(
         KeyboardInterrupt: after SIGINT or SIGTERM, once the epoch is done and saved.
         OSError: if ``folder`` cannot be written to.
     """
+    # Run: the folder's lock and checkpoints, the seeds, and Ctrl-C
     with Run(options, splits, folder, start) as run:
         # Data: all pictures lie decoded in the device's memory, where a batch is one index away
         splits = splits.to(run.device)
@@ -60,14 +57,14 @@ def train(
         )
 
         # Model, loss and optimiser
-        torch.manual_seed(options.seed)
+        torch.manual_seed(options.seed)  # the same first weights for the same seed
         model = VAE(
             image_resolution=splits.image_resolution,
             image_channels=3,
             latent_size=options.latent_size,
             batch_norm=options.batch_norm,
         ).to(run.device)
-        model.to(memory_format=torch.channels_last)  # the convolutions are faster so
+        model.to(memory_format=torch.channels_last)  # in which convolutions are faster
         loss = ELBOLoss(beta=options.beta, likelihood=options.likelihood)
         optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate, fused=True)
 
@@ -78,11 +75,12 @@ def train(
 
         # Main training loop
         epochs = range(first_epoch, options.epochs)
-        hidden = None if progress else True  # None: shown on terminals only
+        hidden = not progress or None  # None: shown on terminals only
         for epoch in tqdm(
             epochs, initial=first_epoch, total=options.epochs, dynamic_ncols=True, disable=hidden
         ):
             run.seed(epoch)  # so that a resumed run draws what the whole run would have drawn
+            # Both stay as they are, as in the post, unless a schedule was asked for
             loss.beta = options.beta_at(epoch)
             optimiser.param_groups[0]["lr"] = options.learning_rate_at(epoch)
             losses = []
@@ -98,17 +96,18 @@ def train(
                 _, kl_loss, reconstruction_loss, total_loss = loss(
                     train_features, reconstructions, means, log_vars
                 )
-                # Step 4: keep the losses for TensorBoard, on the device: to read them is to wait
+                # Step 4: keep the losses for TensorBoard: reading each now would make a GPU wait
                 losses.append(torch.stack((kl_loss, reconstruction_loss, total_loss)).detach())
                 # Step 5: compute the gradients
                 total_loss.backward()
                 # Step 6: take the gradient descent step
                 optimiser.step()
+            # One point for each batch; the last one's losses are printed, as in the post
             kl_loss, reconstruction_loss, total_loss = write_losses(writer, losses, epoch)
 
             # At the end of every epoch, create reconstructions of one batch of test data
             model.eval()
-            test_features, _ = next(iter(test_dataloader))
+            test_features, _ = next(iter(test_dataloader))  # shuffled anew, so it cannot run out
             with torch.no_grad():
                 reconstructions, _, _ = model(test_features)
             writer.add_image("originals", make_grid(test_features), epoch)
@@ -120,7 +119,7 @@ def train(
                     f"Epoch: {epoch}, Reconstruction Loss: {reconstruction_loss:.2f}, "
                     f"KL Loss: {kl_loss:.2f}, Total Loss: {total_loss:.2f}"
                 )
-            run.save(model, optimiser, epoch + 1)  # if due; here Ctrl-C ends the run
+            run.save(model, optimiser, epoch + 1)  # every ten epochs, and where Ctrl-C ends the run
 
         if progress:
             print("Measuring the trained model on all pictures")
@@ -132,27 +131,12 @@ def train(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says, and say how good the model is."""
     command = read_command_line(__doc__, arguments)
-    options, folder = command.options, command.folder
-    if command.start == "resume":
-        checkpoint = load_checkpoint(folder / "checkpoint.pt")
-        options = resumed_options(checkpoint["config"], command.given)
-        if checkpoint.get("epoch") == options.epochs and "latents" in checkpoint:
-            print(f"{folder} is finished: {options.epochs} epochs. --epochs NUMBER adds to them.")
-            return
-        if options.dataset == "flowers102" and not is_on_disk(Path(options.data_root)):
-            raise ValueError(f"{options.data_root} has no flowers-102 any more: give --data-root")
-    find_device(options.device)
-    size = (options.image_size, options.image_size)
-    splits = load_splits(options.dataset, Path(options.data_root), size)
-    warning = f"warning: {splits.fallback}. This run is on SYNTHETIC flowers, not on photographs."
-    if splits.fallback:
-        print(warning, file=sys.stderr)
-    if splits.dataset == "synthetic" and command.start != "resume":
-        folder = folder.with_name(f"{folder.name.removesuffix('-synthetic')}-synthetic")
+    experiment = prepare(command)
+    if experiment is None:
+        return  # The run to resume is finished, which has been said.
+    options, splits, folder = experiment
     _, metrics = train(options, splits, folder, command.start)
-    print(summary(metrics, folder))
-    if splits.fallback:
-        print(warning)
+    print(summary(metrics, folder, splits.fallback))
 
 
 if __name__ == "__main__":

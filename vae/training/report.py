@@ -22,7 +22,7 @@ from vae.latent import fit_latents
 from vae.losses import ELBOLoss
 from vae.training.checkpoint import replace_atomically, save_latents
 from vae.training.options import Options
-from vae.training.run import Run
+from vae.training.run import SYNTHETIC, Run
 from vae.vae import VAE
 
 LOOK_EVERY = 10
@@ -166,8 +166,11 @@ def write_latents(writer: SummaryWriter, model: VAE, splits: Splits, epoch: int)
     writer.add_embedding(means, species, pictures, epoch, "test_latents")
 
 
-def summary(metrics: dict[str, Any], folder: Path) -> str:
-    """Return what a run prints at its end: how good the model is, and where to look."""
+def summary(metrics: dict[str, Any], folder: Path, fallback: str | None = None) -> str:
+    """Return what a run prints at its end: how good the model is, and where to look.
+
+    ``fallback`` says why the run is on synthetic flowers without having been asked to.
+    """
     test, pca, frechet = metrics["test"], metrics["pca"], metrics["samples"]["frechet"]
     better = pca["test"] - test["squared_error"]
     return (
@@ -182,4 +185,5 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
         f"{metrics['epochs']} epochs in {metrics['seconds']:.0f} s. Pictures, metrics and the "
         f"model are in {folder}\n"
         f"Look at the run with: tensorboard --logdir {shlex.quote(str(folder.parent))}"
+        + (f"\nwarning: {fallback}. {SYNTHETIC}" if fallback else "")
     )

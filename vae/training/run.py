@@ -19,11 +19,14 @@ from filelock import FileLock, Timeout
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
-from datasets.pictures import Splits
+from datasets.flowers102 import is_on_disk
+from datasets.pictures import Splits, load_splits
 from vae.training.checkpoint import load_checkpoint, load_weights, same_kind, save_checkpoint
 from vae.training.command_line import first_line
-from vae.training.options import Options, check_folder, resumed_options
+from vae.training.options import Command, Options, check_folder, resumed_options
 from vae.vae import VAE
+
+SYNTHETIC = "This run is on SYNTHETIC flowers, not on photographs."
 
 
 class Stopped(KeyboardInterrupt):
@@ -181,6 +184,31 @@ class Run:
         name = "events.out.tfevents.*"
         found = [*self.folder.glob(name), *self.folder.glob(f"loss_*/{name}")]
         return {str(file.relative_to(self.folder)): file for file in found}
+
+
+def prepare(command: Command) -> tuple[Options, Splits, Path] | None:
+    """Return the options, pictures and folder of a run; None if the one to resume is finished.
+
+    Raises:
+        ValueError: if the device, the pictures or the run to resume are not there.
+    """
+    options, folder, resume = command.options, command.folder, command.start == "resume"
+    if resume:
+        checkpoint = load_checkpoint(folder / "checkpoint.pt")
+        options = resumed_options(checkpoint["config"], command.given)
+        if checkpoint.get("epoch") == options.epochs and "latents" in checkpoint:
+            print(f"{folder} is finished: {options.epochs} epochs. --epochs NUMBER adds to them.")
+            return None
+        if options.dataset == "flowers102" and not is_on_disk(Path(options.data_root)):
+            raise ValueError(f"{options.data_root} has no flowers-102 any more: give --data-root")
+    find_device(options.device)
+    size = (options.image_size, options.image_size)
+    splits = load_splits(options.dataset, Path(options.data_root), size)
+    if splits.fallback:
+        print(f"warning: {splits.fallback}. {SYNTHETIC}", file=sys.stderr)
+    if splits.dataset == "synthetic" and not resume:
+        folder = folder.with_name(f"{folder.name.removesuffix('-synthetic')}-synthetic")
+    return options, splits, folder
 
 
 def find_device(name: str) -> torch.device:
