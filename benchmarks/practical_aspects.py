@@ -60,7 +60,7 @@ BETAS = (0.003, 0.01, 0.03, 0.3, 3.0)
 SIZES = (2, 5, 20, 50)
 SHORT_BEST = PRESETS["best"] | {"epochs": EPOCHS}
 # What the figures need beyond the table.
-CURVES = {f"beta {beta}": {"beta": beta} for beta in BETAS}
+CURVES = {f"beta {beta:g}": {"beta": beta} for beta in BETAS}
 CURVES |= {f"{size} dimensions": {"latent_size": size} for size in SIZES}
 CURVES |= {f"{size} dimensions, best": SHORT_BEST | {"latent_size": size} for size in (*SIZES, 10)}
 
