@@ -59,6 +59,7 @@ def test_an_encoder_takes_its_images_and_nothing_else(shape, dtype):
 
 @given(shape=shapes)
 def test_a_decoder_takes_its_latents_and_nothing_else(shape):
+    assume(len(shape) == 2 or 0 not in shape)  # there is nothing to refuse in nothing
     decoder = Decoder((8, 16), 3, 4)
     if len(shape) == 2 and shape[1] == 4:
         assert decoder(torch.zeros(shape)).shape == (shape[0], 3, 8, 16)
@@ -171,7 +172,7 @@ lines = st.lists(possible, max_size=4) | st.lists(possible | words, max_size=6)
 @given(line=lines)
 def test_any_command_line_is_help_a_run_or_one_line(line, splits, tmp_path, monkeypatch):
     # Only loading is replaced, by a few pictures of 8x8.
-    monkeypatch.setattr("vae_training.load_splits", lambda *_: splits)
+    monkeypatch.setattr("vae.training.run.load_splits", lambda *_: splits)
     errors = io.StringIO()
     # One epoch of tiny pictures first: whatever the line says later counts.
     start = ["--log-dir", mkdtemp(dir=tmp_path), "--epochs", "1", "--image-size", "8"]

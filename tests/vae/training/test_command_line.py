@@ -90,11 +90,11 @@ TOO_LITTLE = [
 
 
 @pytest.mark.parametrize("error", TOO_LITTLE, ids=repr)
-@pytest.mark.parametrize("at", ["vae_training.load_splits", "vae_training.VAE"])
+@pytest.mark.parametrize("at", ["vae.training.run.load_splits", "vae_training.VAE"])
 def test_too_little_memory_for_pictures_or_model_is_said_in_one_line(
     monkeypatch, tmp_path, splits, ended, at, error
 ):
-    monkeypatch.setattr("vae_training.load_splits", lambda *_: splits)
+    monkeypatch.setattr("vae.training.run.load_splits", lambda *_: splits)
     monkeypatch.setattr(at, lambda *_, **__: fail(error))
     status, text = ended(main, ["--image-size=8", "--device=cpu", f"--log-dir={tmp_path}"])
     assert status == 1
