@@ -154,11 +154,12 @@ def plot_betas(results: dict[str, Runs], figure: Figure) -> None:
     error.plot(kl, [mean(runs, "error, test") for runs in rows], "o-", color="tab:blue")
     for beta, x, runs in zip(sorted(betas), kl, rows, strict=True):
         place = (x, mean(runs, "error, test"))
-        error.annotate(f"β = {beta:g}", place, (6, 6), textcoords="offset points", fontsize=9)
+        error.annotate(f"β = {beta:g}", place, (4, 6), textcoords="offset points", rotation=40)
+    error.margins(0.1, 0.2)
     for column in ("samples, prior", "samples, fitted"):
         samples.plot(kl, [mean(runs, column) for runs in rows], "o-", label=column)
     error.set(ylabel="distortion: squared error\nper test picture (z sampled)", xscale="log")
-    samples.set(ylabel="Fréchet distance of samples\nto the test pictures", yscale="log")
+    samples.set(ylabel="Fréchet distance of samples\nto the test pictures")
     samples.set_xlabel("rate: KL divergence per test picture, nats")
     samples.legend()
 
@@ -173,6 +174,7 @@ def plot_sizes(results: dict[str, Runs], figure: Figure) -> None:
     for label, rows in (("the post's setting", post), ("the best setting, as long", best)):
         axes.plot(sizes, [mean(runs, "error, test") for runs in rows], "o-", label=label)
     axes.set_xscale("log")
+    axes.minorticks_off()
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set(xlabel="latent dimensions (PCA: components)")
     axes.set_ylabel(f"squared error per test picture\n(z sampled, {EPOCHS} epochs)")
@@ -188,8 +190,8 @@ def plot_kl_story(folders: dict[str, Path], figure: Figure) -> None:
         for panel, tag in ((kl, "kl"), (error, "squared_error")):
             points = events.Scalars(f"validation/{tag}")
             panel.plot([point.step + 1 for point in points], [point.value for point in points])
-        kl.set(title=title, ylabel="KL, nats", yscale="log", ylim=(0.1, 200))
-        error.set(xlabel="epoch", ylabel="squared error", ylim=(60, 260))
+        kl.set(title=title, ylabel="KL, nats", yscale="log", ylim=(0.03, 10))
+        error.set(xlabel="epoch", ylabel="squared error", ylim=(100, 220))
         draw_looks(drawn, events.Images("test_pairs"))
 
 
