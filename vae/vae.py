@@ -30,6 +30,9 @@ class VAE(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
+        if min(latent_size, image_channels) < 1:
+            sizes = f"latent_size is {latent_size} and image_channels {image_channels}"
+            raise ValueError(f"{sizes}: at least 1 is needed")
         self.image_resolution = image_resolution
         self.latent_size = latent_size
         self.encoder = Encoder(image_resolution, image_channels, latent_size, batch_norm)
