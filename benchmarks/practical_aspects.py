@@ -219,21 +219,20 @@ def main() -> None:
     folders = {name: log_dir / re.sub(r"\W", "-", name) for name in changes}
     data = {"dataset": "flowers102", "data_root": command.data_root}
     # A point on a curve takes one seed: its neighbours differ by far more than seeds do.
-    names = [name for seed in range(command.seeds) for name in (SETTINGS if seed else changes)]
-    seeds = [names[:job].count(name) for job, name in enumerate(names)]
-    options = [
-        Options(**changes[n] | data, seed=seed) for n, seed in zip(names, seeds, strict=True)
+    jobs = [
+        (name, seed) for seed in range(command.seeds) for name in (SETTINGS if seed else changes)
     ]
-    runs = [folders[name] / str(seed) for name, seed in zip(names, seeds, strict=True)]
+    options = [Options(**changes[name] | data, seed=seed) for name, seed in jobs]
+    runs = [folders[name] / str(seed) for name, seed in jobs]
     results: dict[str, Runs] = {name: [] for name in changes}
     with ProcessPoolExecutor(command.processes) as pool:
-        for name, metrics in zip(names, pool.map(train_setting, options, runs), strict=True):
+        for (name, _), metrics in zip(jobs, pool.map(train_setting, options, runs), strict=True):
             results[name].append(metrics)
 
     command.output.mkdir(parents=True, exist_ok=True)
     document = command.output / "practical_aspects.md"
-    old = document.read_text() if document.exists() else ""
-    document.write_text(f"{report(results)}\n{NOTES}{old.partition(NOTES)[2] or chr(10)}")
+    notes = document.read_text().partition(NOTES)[2] if document.exists() else "\n"
+    document.write_text(f"{report(results)}\n{NOTES}{notes}")
     story = {name: folders[name] / "0" for name in ("beta 10", "beta 10, linear warm-up")}
     for name, size, plot in (
         ("practical_aspects", (8, 6.5), partial(plot_errors, results)),

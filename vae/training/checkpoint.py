@@ -129,6 +129,7 @@ def load_model(
     """
     checkpoint = load_checkpoint(path)
     config, fitted = checkpoint["config"], checkpoint.get("latents")
+    latents = None
     try:
         model = VAE(
             image_resolution=tuple(config["image_resolution"]),
@@ -146,7 +147,7 @@ def load_model(
             latents = MultivariateNormal(mean, covariance)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold this model: {first_line(error)}") from None
-    return model.to(device).eval(), config, latents if fitted else None
+    return model.to(device).eval(), config, latents
 
 
 def load_weights(model: VAE, weights: dict[str, Tensor]) -> None:
