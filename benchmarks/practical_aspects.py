@@ -218,10 +218,7 @@ def main() -> None:
     changes = {name: {"epochs": EPOCHS} | each for name, each in (SETTINGS | CURVES).items()}
     folders = {name: log_dir / re.sub(r"\W", "-", name) for name in changes}
     data = {"dataset": "flowers102", "data_root": command.data_root}
-    # A point on a curve takes one seed: its neighbours differ by far more than seeds do.
-    jobs = [
-        (name, seed) for seed in range(command.seeds) for name in (SETTINGS if seed else changes)
-    ]
+    jobs = [(name, seed) for seed in range(command.seeds) for name in changes]
     options = [Options(**changes[name] | data, seed=seed) for name, seed in jobs]
     runs = [folders[name] / str(seed) for name, seed in jobs]
     results: dict[str, Runs] = {name: [] for name in changes}
