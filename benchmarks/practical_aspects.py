@@ -1,11 +1,12 @@
 """What each of the post's "Practical Aspects" buys: ``python benchmarks/practical_aspects.py``.
 
 Trains one change at a time from the post's setting, several betas, and several latent sizes, a few
-seeds each, and writes a table and four figures. Runs that are finished are not trained again, so it
-can be stopped at any time.
+seeds each, and writes a table and figures. Runs that are finished are not trained again, so it can
+be stopped at any time.
 """
 
 import argparse
+import io
 import json
 import os
 import re
@@ -20,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.training_progress import read_events, read_grid  # noqa: E402
 from datasets.pictures import load_splits  # noqa: E402
 from vae.training.options import PRESETS, Options, resumed_options  # noqa: E402
 from vae_training import train  # noqa: E402
@@ -35,12 +36,16 @@ Runs = list[dict[str, Any]]
 """The metrics of a setting's seeds."""
 
 EPOCHS = 200
-"""Of every run but the preset's: enough to tell the settings apart."""
+"""Of most runs: enough to tell the settings apart."""
+POST_500 = "the post, 500 epochs"
+SHOWN = (30, 200, 350, 500)
+"""Epochs of that run whose pictures are shown, as in the post."""
 LINEAR = {"beta_schedule": "linear", "warmup_epochs": 100}
 COSINE = {"learning_rate": 1e-3, "lr_schedule": "cosine"}
 # One change at a time from the post's setting.
 SETTINGS: dict[str, dict[str, Any]] = {
     "the post": {},
+    POST_500: {"epochs": 500},
     "Bernoulli likelihood, beta 1": {"likelihood": "bernoulli", "beta": 1.0},
     "sigma likelihood, beta 1": {"likelihood": "sigma", "beta": 1.0},
     "beta 1": {"beta": 1.0},
@@ -182,27 +187,37 @@ def plot_sizes(results: dict[str, Runs], figure: Figure) -> None:
     axes.grid(alpha=0.3)
 
 
-def plot_kl_story(folders: dict[str, Path], figure: Figure) -> None:
-    """Draw KL and error over the epochs, and reconstructions, of two runs side by side."""
-    columns = figure.subplots(3, 2).T
-    for (title, folder), (kl, error, drawn) in zip(folders.items(), columns, strict=True):
-        events = read_events(folder)
-        for panel, tag in ((kl, "kl"), (error, "squared_error")):
-            points = events.Scalars(f"validation/{tag}")
-            panel.plot([point.step + 1 for point in points], [point.value for point in points])
-        kl.set(title=title, ylabel="KL, nats", yscale="log", ylim=(0.03, 10))
-        error.set(xlabel="epoch", ylabel="squared error", ylim=(100, 220))
-        draw_looks(drawn, events.Images("test_pairs"))
+def read_events(folder: Path) -> EventAccumulator:
+    """Return all of TensorBoard's points in a folder (0: no thinning out)."""
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
 
 
-def draw_looks(axes: Axes, looks: list[Any]) -> None:
-    """Draw what the model made of eight test pictures at four epochs."""
-    looks = [looks[max(0, round(share * len(looks)) - 1)] for share in (0.05, 0.25, 0.5, 1)]
-    # The second row of the pairs is what the model drew of the first one's eight pictures.
-    axes.imshow(np.concatenate([read_grid(look)[34:70] for look in looks]))
-    axes.set(xticks=[], yticks=[], xlabel="reconstructions of eight test pictures")
-    label = "epochs {}, {},\n{}, {}".format(*(1 + look.step for look in looks))
-    axes.set_ylabel(label, rotation=0, ha="right", va="center")
+def plot_losses(run: Path, figure: Figure) -> None:
+    """Draw the three losses over the batches, as the post shows them."""
+    axes = figure.subplots()
+    for tag in ("KL Loss", "Reconstruction Loss", "Total Loss"):
+        points = read_events(run / f"loss_{tag}").Scalars("loss")
+        axes.plot([point.step for point in points], [point.value for point in points], label=tag)
+    axes.set(xlabel="batch (16 an epoch)", ylabel="loss per image", ylim=(0, 260))
+    axes.set_title("KL in nats, reconstruction in squared error, one point a batch", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def plot_pictures(run: Path, figure: Figure) -> None:
+    """Draw reconstructions and samples at four epochs; photographs themselves are left out."""
+    events = read_events(run)
+    for column, epoch in zip(figure.subplots(2, len(SHOWN)).T, SHOWN, strict=True):
+        for panel, tag in zip(column, ("test_pairs", "samples"), strict=True):
+            # TensorBoard's steps are epochs counted from 0.
+            (event,) = (each for each in events.Images(tag) if each.step == epoch - 1)
+            grid = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+            name = tag
+            if tag == "test_pairs":
+                # Odd rows show test pictures, even ones what was drawn of them.
+                name, grid = "reconstructions", np.concatenate((grid[36:70], grid[104:138]))
+            panel.imshow(grid)
+            panel.set(xticks=[], yticks=[], title=f"{name}, epoch {epoch}")
 
 
 def main() -> None:
@@ -230,17 +245,17 @@ def main() -> None:
     document = command.output / "practical_aspects.md"
     notes = document.read_text().partition(NOTES)[2] if document.exists() else "\n"
     document.write_text(f"{report(results)}\n{NOTES}{notes}")
-    story = {name: folders[name] / "0" for name in ("beta 10", "beta 10, linear warm-up")}
     for name, size, plot in (
         ("practical_aspects", (8, 6.5), partial(plot_errors, results)),
         ("rate_distortion", (7, 7), partial(plot_betas, results)),
         ("latent_size", (7, 4), partial(plot_sizes, results)),
-        ("kl_story", (10, 6.5), partial(plot_kl_story, story)),
+        ("flowers102_losses", (7, 3.5), partial(plot_losses, folders[POST_500] / "0")),
+        ("flowers102_pictures", (14, 2.6), partial(plot_pictures, folders[POST_500] / "0")),
     ):
         figure = Figure(figsize=size, layout="constrained")
         plot(figure)
         figure.savefig(command.output / f"{name}.png", dpi=110)
-    print(f"Wrote practical_aspects.md and four figures to {command.output}")
+    print(f"Wrote practical_aspects.md and the figures to {command.output}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 BEGAN = time.perf_counter()
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
 from importlib import metadata, util
@@ -23,23 +23,21 @@ from tempfile import TemporaryDirectory
 
 from torch.optim import Adam, optimizer
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.datasets import Flowers102, ImageFolder
+from torchvision.datasets import Flowers102
 from torchvision.transforms import Compose, Resize, ToTensor
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from datasets import flowers102
 from datasets.pictures import Pictures, load_splits
 from vae.losses import ELBOLoss
 from vae.training.command_line import Parser, one_line_errors
 from vae.training.options import Options
-from vae.training.run import find_device
 from vae.vae import VAE
 from vae_training import train
 
-SIZE = (32, 32)
+SIZE, ROUNDS, EPOCHS = (32, 32), 5, 11
 NOTES = "<!-- notes -->"
 # What may be at most how many times what else.
 TARGETS = (
@@ -49,7 +47,6 @@ TARGETS = (
     ("MiB, here", "MiB, plain", 1.15),
     ("KiB for each picture more", "1", 8),
     ("start, here", "1", 1.6),
-    ("epoch, accelerator", "1", 10 / 500),
 )
 
 
@@ -64,11 +61,8 @@ def plain_vae() -> VAE:
 
 def train_plainly(options: Options, logs: Path) -> None:
     """Train as the post and most tutorials do: decode each picture anew, log at every step."""
-    root, transform = options.data_root, Compose([Resize(SIZE), ToTensor()])
-    if options.dataset == "flowers102":
-        data, test_data = (Flowers102(root, split, transform) for split in ("train", "test"))
-    else:
-        data = test_data = ImageFolder(root, transform)
+    transform = Compose([Resize(SIZE), ToTensor()])
+    data, test_data = (Flowers102(options.data_root, each, transform) for each in ("train", "test"))
     loader = torch.utils.data.DataLoader(data, options.batch_size, shuffle=True)
     test_loader = torch.utils.data.DataLoader(test_data, 5, shuffle=True)
     model, loss = plain_vae(), ELBOLoss(beta=0.1)
@@ -148,51 +142,38 @@ def ratio_row(measured: dict[str, list[float]], name: str, other: str, target: f
 def main() -> None:
     """Measure, print a table in Markdown, and write it into the results."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--device", default="auto", help="beside the CPU (default: an accelerator)")
     parser.add_argument("--data-root", default=Options.data_root, help="folder of flowers-102")
     parser.add_argument("--runs", type=int, default=5, help="pairs of whole runs (default: 5)")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "training_speed.md")
-    parser.add_argument("--quick", action="store_true", help="see that it works, and only print")
     given = parser.parse_args()
-    device, folder = str(find_device(given.device)), Path(given.data_root).resolve()
-    dataset = "flowers102" if flowers102.is_on_disk(folder) else "synthetic"
-    rounds, runs, epochs = (1, 0, 2) if given.quick else (5, given.runs, 11)
-    measured = {"1": [1.0] * rounds}
-    with TemporaryDirectory() as scratch:
-        splits = load_splits(dataset, folder, SIZE)  # decoded here, and kept for all runs
-        if dataset == "synthetic":
-            folder = Path(scratch)
-            (folder / "flowers").mkdir()
-            for number, picture in enumerate(splits.train[:][0]):
-                save_image(picture, folder / "flowers" / f"{number:04}.jpg")
-        choose = partial(Options, dataset=dataset, data_root=str(folder))
-        short, whole = choose(epochs=epochs, device="cpu"), choose(device="cpu")
-        ways: list[tuple[str, Callable[..., None], Options]] = [
-            ("here", train_here, short),
-            ("here with 8,160", partial(train_here, times=8), short),
-            ("plain", train_plainly, short),
-            ("steps alone here", take_steps, short),
-            ("steps alone plain", partial(take_steps, plain=True), short),
-        ]
-        if util.find_spec("pythae"):
-            ways.append(("pythae", train_with_pythae, short))
-        if device != "cpu":
-            ways.append(("accelerator", train_here, choose(epochs=epochs, device=device)))
-        pair = [("whole run here", train_here, whole), ("whole run plain", train_plainly, whole)]
-        spawn = torch.multiprocessing.get_context("spawn")
-        for way, trainer, options in [*ways * rounds, *pair * runs]:
-            began = time.perf_counter()
-            with ThreadPoolExecutor(1) if given.quick else ProcessPoolExecutor(1, spawn) as pool:
-                figures = pool.submit(watch, trainer, options).result()
-            figures["process"] = time.perf_counter() - began
-            for figure, value in figures.items():
-                measured.setdefault(f"{figure}, {way}", []).append(value)
+    choose = partial(Options, dataset="flowers102", data_root=given.data_root, device="cpu")
+    short, whole = choose(epochs=EPOCHS), choose()
+    load_splits(short.dataset, Path(short.data_root), SIZE)  # decoded here, and kept for all runs
+    ways: list[tuple[str, Callable[..., None], Options]] = [
+        ("here", train_here, short),
+        ("here with 8,160", partial(train_here, times=8), short),
+        ("plain", train_plainly, short),
+        ("steps alone here", take_steps, short),
+        ("steps alone plain", partial(take_steps, plain=True), short),
+    ]
+    if util.find_spec("pythae"):
+        ways.append(("pythae", train_with_pythae, short))
+    pair = [("whole run here", train_here, whole), ("whole run plain", train_plainly, whole)]
+    measured = {"1": [1.0] * ROUNDS}
+    spawn = torch.multiprocessing.get_context("spawn")
+    for way, trainer, options in [*ways * ROUNDS, *pair * given.runs]:
+        began = time.perf_counter()
+        with ProcessPoolExecutor(1, spawn) as pool:
+            figures = pool.submit(watch, trainer, options).result()
+        figures["process"] = time.perf_counter() - began
+        for figure, value in figures.items():
+            measured.setdefault(f"{figure}, {way}", []).append(value)
     peaks = zip(measured["MiB, here with 8,160"], measured["MiB, here"], strict=True)
     measured["KiB for each picture more"] = [(more - few) * 1024 / 7140 for more, few in peaks]
     cpu = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].split("\n")[0]
     names = [name for name in ("torch", "torchvision", "pythae") if util.find_spec(name)]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
-    table = f"""- Machine: {cpu}, {torch.get_num_threads()} threads, {device}; {dataset}
+    table = f"""- Machine: {cpu}, {torch.get_num_threads()} threads; flowers102
 - Versions: Python {sys.version.split()[0]}, {versions}
 - Measured: {time.strftime("%Y-%m-%d %H:%M")} by `python {" ".join(sys.argv)}`
 
@@ -201,9 +182,8 @@ def main() -> None:
 """
     table += "\n".join(ratio_row(measured, *target) for target in TARGETS)
     print(table)
-    if not given.quick:
-        notes = given.output.read_text().partition(NOTES)[2] if given.output.exists() else "\n"
-        given.output.write_text(f"# Training speed\n\n{table}\n\n{NOTES}{notes}")
+    notes = given.output.read_text().partition(NOTES)[2] if given.output.exists() else "\n"
+    given.output.write_text(f"# Training speed\n\n{table}\n\n{NOTES}{notes}")
 
 
 if __name__ == "__main__":
