@@ -36,12 +36,9 @@ from vae.training.run import find_device
 from vae.vae import VAE
 
 ROOT = Path(__file__).parent
-TRAINED = ROOT / "results" / "trained.pt"
-"""The model that comes with the repository."""
-SIGNATURE = b"vae_inference.py"
-"""Stands in every file that is written here."""
-SMALLEST_SIDE = 128
-"""Pixels that each picture of a grid has at least on its shorter side."""
+TRAINED = ROOT / "results" / "trained.pt"  # the model that comes with the repository
+SIGNATURE = b"vae_inference.py"  # stands in every file that is written here
+SMALLEST_SIDE = 128  # pixels that each picture of a grid has at least on its shorter side
 
 
 def similar(model: VAE, latents: MultivariateNormal, options: argparse.Namespace) -> bytes:
@@ -136,11 +133,7 @@ def base64_float32(values: Tensor) -> str:
 
 
 def photographs(model: VAE, options: argparse.Namespace) -> list[Tensor]:
-    """Read the pictures of the command line, each [1, 3, height, width] as the model needs it.
-
-    Raises:
-        ValueError: if one of them cannot be read; the message names it.
-    """
+    """Read the pictures of the command line, each [1, 3, height, width] as the model needs it."""
     device = model.decoder.fc.weight.device
     return [
         read_photograph(path, model.image_resolution, options.centre_crop).to(device)
@@ -155,14 +148,10 @@ def draw_grid(
     rows: Sequence[str] = (),
     marks: Sequence[float] = (),
 ) -> bytes:
-    """Return a PNG file of images, enlarged smoothly: as blocks, few pixels hardly make a flower.
+    """Return a PNG file of images, [n, 3, height, width] in [0, 1], row by row, with captions.
 
-    Args:
-        images: in [0, 1], [n, 3, height, width], row by row.
-        columns: images in a row.
-        captions: what to write above the first columns.
-        rows: what to write to the left of the rows.
-        marks: where to mark the lower edge of each row, counted in columns.
+    They are enlarged smoothly: as blocks, few pixels hardly make a flower. ``rows`` stand to the
+    left of the rows; ``marks`` say where to mark each row's lower edge, counted in columns.
     """
     factor = math.ceil(SMALLEST_SIDE / min(images.shape[-2:]))
     large = F.interpolate(images, scale_factor=factor, mode="bicubic").clamp(0, 1)
@@ -188,17 +177,11 @@ def draw_grid(
 
 
 def find_checkpoint(log_dir: Path) -> Path:
-    """Return the checkpoint that was written last in ``log_dir``, else the repository's own.
-
-    Raises:
-        ValueError: if there is none in a folder that is not the usual one.
-    """
+    """Return the checkpoint that was written last in ``log_dir``, else the repository's own."""
     found = list(log_dir.glob("*/checkpoint.pt"))
     if not found and log_dir.absolute() != RUNS.absolute():
-        raise ValueError(
-            f"{log_dir} holds no run with a checkpoint.pt: train a model with vae_training.py, or "
-            "name a checkpoint with --checkpoint"
-        )
+        needed = "train a model with vae_training.py, or name a checkpoint with --checkpoint"
+        raise ValueError(f"{log_dir} holds no run with a checkpoint.pt: {needed}")
     return max(found, key=lambda path: path.stat().st_mtime, default=TRAINED)
 
 
@@ -208,11 +191,9 @@ def refit_latents(model: VAE, config: dict[str, Any]) -> MultivariateNormal:
     if dataset == "synthetic" or (dataset == "flowers102" and is_on_disk(data_root)):
         train = load_splits(dataset, data_root, model.image_resolution).train
         return fit_latents(model, train.to(model.decoder.fc.weight.device).batches())
-    print(
-        "warning: the checkpoint has no fitted latents (its run has not ended) and its pictures "
-        "are not at hand: the prior stands in for them",
-        file=sys.stderr,
-    )
+    lacks = "the checkpoint has no fitted latents (its run has not ended)"
+    instead = "its pictures are not at hand: the prior stands in for them"
+    print(f"warning: {lacks} and {instead}", file=sys.stderr)
     return prior(model)
 
 

@@ -59,7 +59,7 @@ def train(
         # Model, loss and optimiser
         torch.manual_seed(options.seed)  # the same first weights for the same seed
         model = VAE(
-            image_resolution=splits.image_resolution,
+            image_resolution=(options.image_size, options.image_size),
             image_channels=3,
             latent_size=options.latent_size,
             batch_norm=options.batch_norm,

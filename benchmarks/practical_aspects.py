@@ -35,11 +35,9 @@ from vae_training import train  # noqa: E402
 Runs = list[dict[str, Any]]
 """The metrics of a setting's seeds."""
 
-EPOCHS = 200
-"""Of most runs: enough to tell the settings apart."""
+EPOCHS = 200  # of most runs: enough to tell the settings apart
 POST_500 = "the post, 500 epochs"
-SHOWN = (30, 200, 350, 500)
-"""Epochs of that run whose pictures are shown, as in the post."""
+SHOWN = (30, 200, 350, 500)  # epochs of that run whose pictures are shown, as in the post
 LINEAR = {"beta_schedule": "linear", "warmup_epochs": 100}
 COSINE = {"learning_rate": 1e-3, "lr_schedule": "cosine"}
 # One change at a time from the post's setting.

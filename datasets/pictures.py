@@ -33,11 +33,6 @@ class Pictures(Dataset):
     """
 
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
-        if pixels.ndim != 4 or pixels.dtype != torch.uint8 or labels.shape != pixels.shape[:1]:
-            raise ValueError(
-                f"pixels are {list(pixels.shape)} of {pixels.dtype}, labels {list(labels.shape)}: "
-                "[n, height, width, channels] of torch.uint8 and [n] are needed"
-            )
         self.pixels, self.labels = pixels, labels
 
     def __len__(self) -> int:
@@ -75,8 +70,6 @@ def augment(images: Tensor) -> Tensor:
     memory); what moves in from outside repeats the border.
     """
     batch, channels, height, width = images.shape
-    if batch == 0:
-        return images
     draws = 2 * torch.rand(batch, 5 + channels, dtype=images.dtype, device=images.device) - 1
     side, right, down, turn, scale = draws[:, :5].unbind(1)
     mirror = torch.where(side < 0, -1, 1)
@@ -101,12 +94,6 @@ class Splits(NamedTuple):
     test: Pictures
     dataset: str
     fallback: str | None
-
-    @property
-    def image_resolution(self) -> tuple[int, int]:
-        """(height, width) of the pictures."""
-        height, width = self.train.pixels.shape[1:3]
-        return height, width
 
     def to(self, device: torch.device | str) -> "Splits":
         """Return the same splits on ``device``."""

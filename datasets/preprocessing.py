@@ -63,23 +63,18 @@ def read_photograph(
             return functional.to_tensor(functional.resize(image, list(image_resolution)))[None]
 
 
-def picture_to_pixels(path: Path, image_resolution: tuple[int, int]) -> np.ndarray:
-    """Decode and resize one picture as torchvision's ``Resize`` does: [height, width, 3] uint8.
-
-    ``ToTensor`` of it is bit for bit what the post's transformation pipeline gives.
-    """
-    with open_picture(path) as image:
-        return np.asarray(functional.resize(image.convert("RGB"), list(image_resolution)))
-
-
 def decode_pictures(
     paths: Sequence[Path], image_resolution: tuple[int, int], caption: str | None = None
 ) -> np.ndarray:
-    """Do so with many pictures, see ``map_in_parallel``: [n, height, width, 3] uint8."""
+    """Decode and resize pictures as torchvision's ``Resize`` does: [n, height, width, 3] uint8.
+
+    ``ToTensor`` of one is bit for bit what the post's transformation pipeline gives.
+    """
     pixels = np.empty((len(paths), *image_resolution, 3), dtype=np.uint8)
 
     def decode(number: int) -> None:
-        pixels[number] = picture_to_pixels(paths[number], image_resolution)
+        with open_picture(paths[number]) as image:
+            pixels[number] = functional.resize(image.convert("RGB"), list(image_resolution))
 
     map_in_parallel(decode, range(len(paths)), caption)
     return pixels
@@ -107,16 +102,14 @@ def fingerprint(paths: Sequence[Path]) -> str:
     return state.hexdigest()
 
 
-def compute_once(
-    name: str, key: str, compute: Callable[[], np.ndarray], folder: Path | None = None
-) -> Tensor:
+def compute_once(name: str, key: str, compute: Callable[[], np.ndarray]) -> Tensor:
     """Return ``compute()`` as a tensor, from the file that an earlier call kept where there is one.
 
     A kept file that is damaged is made again, and one of the same name and another key (see
-    ``fingerprint``) makes room. A ``folder`` (``CACHE_FOLDER``, if not given) that cannot be
-    written to costs a warning and the time of the next run.
+    ``fingerprint``) makes room. A ``CACHE_FOLDER`` that cannot be written to costs a warning and
+    the time of the next run.
     """
-    path = (folder or CACHE_FOLDER) / f"{name}-{key}.npz"
+    path = CACHE_FOLDER / f"{name}-{key}.npz"
     try:
         if path.is_file():
             with np.load(path) as kept:

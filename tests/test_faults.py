@@ -16,7 +16,7 @@ import torch
 from conftest import make_splits
 from helpers import assert_same_run
 
-from datasets.preprocessing import compute_once
+from datasets import preprocessing
 from vae.training.checkpoint import replace_atomically
 from vae.training.command_line import leave_to_main
 from vae.training.options import Options
@@ -113,8 +113,9 @@ def write_more_than_fits(path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     with pytest.raises(OSError), replace_atomically(path) as file:
         file.write(bytes(5000))
+    preprocessing.CACHE_FOLDER = path.parent
     with pytest.warns(UserWarning, match="not kept for the next run"):
-        compute_once("pictures", "0" * 64, lambda: np.zeros((9, 8, 8, 3), np.uint8), path.parent)
+        preprocessing.compute_once("pictures", "0" * 64, lambda: np.zeros((9, 8, 8, 3), np.uint8))
 
 
 def test_a_full_disk_leaves_pictures_metrics_and_cache_as_they_were(processes, tmp_path):

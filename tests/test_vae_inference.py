@@ -19,7 +19,7 @@ from torch.distributions import MultivariateNormal
 
 import vae_inference
 from datasets.pictures import Splits, load_splits
-from datasets.preprocessing import picture_to_pixels, read_photograph
+from datasets.preprocessing import decode_pictures, read_photograph
 from vae.latent import fit_latents, near, prior, spherical_steps, variation_per_dimension
 from vae.training import command_line
 from vae.training.checkpoint import load_model, save_checkpoint, save_latents
@@ -147,7 +147,7 @@ def seeded(seed: int = 0) -> Iterator[None]:
 
 def test_a_photograph_that_needs_nothing_is_read_as_training_reads_it(tmp_path):
     path = write_photograph(tmp_path / "a.jpg")
-    expected = torch.from_numpy(picture_to_pixels(path, (16, 24)).copy()).movedim(-1, 0) / 255
+    expected = torch.from_numpy(decode_pictures([path], (16, 24))[0]).movedim(-1, 0) / 255
     assert torch.equal(read_photograph(path, (16, 24))[0], expected)
 
 

@@ -33,8 +33,6 @@ def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str,
         - ``psnr``: peak signal-to-noise ratio through the mean, dB, mean over the images;
         - ``kl``: nats per image, and ``kl_per_dimension``: a list in the latent's order;
         - ``reconstruction_loss``, ``total_loss``: per image, as ``loss`` defines them;
-        - ``elbo_per_dimension``: the ELBO in nats per pixel value, beta 1; None for the
-          ``"gaussian"`` likelihood, which is not a normalised one;
         - ``active_units``: latent dimensions whose mean varies over the data by more than 0.01
           (Burda et al. 2016, section 4.2).
 
@@ -43,7 +41,8 @@ def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str,
     """
     was_training = model.training
     model.eval()
-    columns = []
+    sums: dict[str, Tensor] = {}
+    count = 0
     for x in batches:
         reconstruction, mean, log_var = model(x)
         squared_error_mean = torch.square(x - model.decoder(mean)).sum(dim=(1, 2, 3))
@@ -54,25 +53,25 @@ def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str,
             "reconstruction_loss": loss.reconstruction_loss(x, reconstruction).expand(len(x)),
             "kl_per_dimension": kl_per_dimension(mean, log_var),
             "latent_means": mean,
+            "latent_squares": mean.square(),
         }
-        columns.append({name: values.cpu() for name, values in measured.items()})
+        # Sums, not columns: small tensors that stay would scatter over the memory of large ones.
+        for name, values in measured.items():
+            sums[name] = sums.get(name, torch.zeros(())) + values.cpu().double().sum(dim=0)
+        count += len(x)
     model.train(was_training)
-    if not columns:
+    if not count:
         raise ValueError("there are no images to evaluate on: at least one is needed")
 
-    values = {name: torch.cat([each[name] for each in columns]) for name in columns[0]}
-    means = values.pop("latent_means")
-    metrics: dict[str, Any] = {name: column.mean(dim=0).tolist() for name, column in values.items()}
-    pixels = x[0].numel()
+    variances = sums.pop("latent_squares") / count - (sums.pop("latent_means") / count).square()
+    metrics: dict[str, Any] = {name: (total / count).tolist() for name, total in sums.items()}
     if loss.likelihood == "sigma":
         # The one variance of the whole split, as the loss takes that of the batch.
-        whole = sigma_loss(values["squared_error"].mean(), pixels)
+        whole = sigma_loss(sums["squared_error"] / count, x[0].numel())
         metrics["reconstruction_loss"] = whole.item()
     metrics["kl"] = sum(metrics["kl_per_dimension"])
     metrics["total_loss"] = metrics["reconstruction_loss"] + loss.beta * metrics["kl"]
-    elbo = -(metrics["reconstruction_loss"] + metrics["kl"]) / pixels
-    metrics["elbo_per_dimension"] = None if loss.likelihood == "gaussian" else elbo
-    metrics["active_units"] = int((means.var(dim=0, correction=0) > 0.01).sum())
+    metrics["active_units"] = int((variances > 0.01).sum())
     return metrics
 
 
@@ -82,17 +81,10 @@ def principal_components(
     """Return the mean image, [pixels], and the directions of most variance, [pixels, count].
 
     Block power iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4), which holds one batch at
-    a time: the memory it takes does not grow with the number of images.
-
-    Args:
-        batches: called for each pass; returns images, each [batch, channels, height, width].
-        count: how many, at least 1; more than the images span count as all that they span.
-
-    Raises:
-        ValueError: if ``count`` is below 1.
+    a time: the memory it takes does not grow with the number of images. ``batches`` is called for
+    each pass and returns images, each [batch, channels, height, width]; a ``count`` of more than
+    they span is all that they span.
     """
-    if count < 1:
-        raise ValueError(f"asked for {count} components: at least 1 is needed")
     images = sum(len(x) for x in batches())
     centre = sum((x.flatten(1).sum(dim=0) for x in batches()), torch.zeros(())) / images
     count = min(count, images - 1, len(centre))
@@ -110,16 +102,8 @@ def pca_squared_error(
 ) -> float:
     """Return PCA's squared error per test image with as many components as a latent has dimensions.
 
-    PCA is the best linear autoencoder: the yardstick that a nonlinear one has to beat.
-
-    Args:
-        train: the images that the components are fitted on, as in ``principal_components``.
-        test: batches of images that the error is measured on, each
-            [batch, channels, height, width].
-        components: how many, at least 1.
-
-    Raises:
-        ValueError: if ``components`` is below 1.
+    PCA is the best linear autoencoder: the yardstick that a nonlinear one has to beat. It is fitted
+    on ``train`` (see ``principal_components``) and measured on the batches of ``test``.
     """
     centre, directions = principal_components(train, components)
     errors = []
@@ -133,11 +117,8 @@ def pca_squared_error(
 def frechet_distance(one: Tensor, other: Tensor) -> float:
     """Return the squared Fréchet distance between Gaussians fitted to two sets of features.
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the formula of the FID (Heusel et al. 2017).
-
-    Args:
-        one: [n, features].
-        other: [m, features].
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the formula of the FID (Heusel et al. 2017). The
+    sets are [n, features] and [m, features].
     """
     one, other = one.cpu().double(), other.cpu().double()
     if not (one.isfinite().all() and other.isfinite().all()):
@@ -160,11 +141,8 @@ def evaluate_samples(
 ) -> dict[str, dict[str, float]]:
     """Measure how much the pictures that a model draws are like test images, and how new they are.
 
-    Args:
-        model: the model, in ``eval()`` mode.
-        latents: the distribution of the training images' latents (``vae.latent.fit_latents``).
-        train: the training images, as in ``principal_components``.
-        test: the test images, likewise.
+    The model is in ``eval()`` mode, ``latents`` are what ``vae.latent.fit_latents`` returns, and
+    the images come as in ``principal_components``.
 
     Returns:
         Two dictionaries:

@@ -23,11 +23,8 @@ def fit_latents(model: VAE, images: Iterable[Tensor]) -> MultivariateNormal:
     Its mean and covariance are those of the aggregate posterior, the mixture of all q(z | x). With
     a small beta that is not the prior: pictures decoded from where the prior is and no image ever
     was look like none. Fitting a density afterwards cures it (Ghosh et al. 2020, "ex-post density
-    estimation", section 4).
-
-    Args:
-        model: the model, in ``eval()`` mode.
-        images: in [0, 1], each batch [batch, channels, height, width].
+    estimation", section 4). The model is in ``eval()`` mode, each batch of ``images``
+    [batch, channels, height, width] in [0, 1].
     """
     means, log_vars = map(torch.cat, zip(*(model.encoder(x) for x in images), strict=True))
     variances = log_vars.exp().mean(dim=0)
@@ -38,17 +35,12 @@ def fit_latents(model: VAE, images: Iterable[Tensor]) -> MultivariateNormal:
 
 
 def near(mean: Tensor, latents: MultivariateNormal, count: int, spread: float) -> Tensor:
-    """Draw latent vectors around one picture, inside a distribution, [count, latent].
+    """Draw latent vectors around a picture's ``mean``, inside a distribution, [count, latent].
 
     z = centre + sqrt(1 - spread**2) * (mean - centre) + spread * (draw - centre). What one term
     takes away in variance the other adds, so z stays where the decoder was trained. The posterior
-    alone is so narrow that all its flowers look the same.
-
-    Args:
-        mean: the posterior's mean for the picture, [1, latent].
-        latents: the distribution of all latents.
-        count: how many.
-        spread: 0 (each one is the picture's own mean) to 1 (any draw, nothing of the picture).
+    alone is so narrow that all its flowers look the same. With a ``spread`` of 0 each z is the
+    picture's own mean, [1, latent]; with 1 it is any draw.
     """
     kept, draws = math.sqrt(1 - spread**2), latents.sample((count,))
     return (1 - kept - spread) * latents.mean + kept * mean + spread * draws
@@ -57,13 +49,8 @@ def near(mean: Tensor, latents: MultivariateNormal, count: int, spread: float) -
 def spherical_steps(start: Tensor, end: Tensor, steps: int) -> Tensor:
     """Return latent vectors on the arc from ``start`` to ``end``, both included, [steps, latent].
 
-    A straight line would pass closer to the origin than the prior ever draws (White 2016,
-    section 2.1).
-
-    Args:
-        start: [1, latent].
-        end: [1, latent].
-        steps: how many, at least 2.
+    Both are [1, latent]. A straight line would pass closer to the origin than the prior ever draws
+    (White 2016, section 2.1).
     """
     share = torch.linspace(0, 1, steps, device=start.device)[:, None]
     angle = torch.cosine_similarity(start, end).clamp(-1, 1).acos()
@@ -76,12 +63,8 @@ def variation_per_dimension(model: VAE, draws: int = 256) -> Tensor:
     """Return each latent dimension's share of the variance of the decoder's pictures, [latent].
 
     It is the share that is left when all other dimensions are known (Sobol's total effect,
-    estimated as in Jansen 1999): 0 for a dimension that the decoder ignores. Where dimensions act
-    together the shares sum to more than 1.
-
-    Args:
-        model: the model.
-        draws: pictures to compare for each dimension.
+    estimated as in Jansen 1999 from ``draws`` pictures): 0 for one that the decoder ignores. Where
+    dimensions act together the shares sum to more than 1.
     """
     z, other = torch.randn(2, draws, model.latent_size, device=model.decoder.fc.weight.device)
     images = model.decoder(z)

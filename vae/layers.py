@@ -12,26 +12,16 @@ class SampleLatent(nn.Module):
 
     Args:
         latent_size: the number of latent dimensions.
-
-    Raises:
-        ValueError: if ``latent_size`` is below 1.
     """
 
     def __init__(self, latent_size: int) -> None:
         super().__init__()
-        if latent_size < 1:
-            raise ValueError(f"latent_size is {latent_size}: at least 1 is needed")
         self.latent_size = latent_size
 
     def forward(self, mean: Tensor, log_var: Tensor) -> Tensor:
-        """Return one latent vector for each row, [batch, latent].
+        """Return one latent vector for each row of ``mean`` and ``log_var``, [batch, latent] all.
 
-        Args:
-            mean: the posterior's mean, [batch, latent].
-            log_var: the logarithm of its variance, [batch, latent].
-
-        Raises:
-            ValueError: if the two are not both [batch, latent].
+        ``ValueError`` for other shapes, which PyTorch might broadcast silently.
         """
         if mean.shape != log_var.shape or mean.shape != (len(mean), self.latent_size):
             raise ValueError(
@@ -88,8 +78,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the posterior's mean and log-variance, each [batch, latent].
 
-        Args:
-            x: images in [0, 1], [batch, channels, height, width].
+        ``x`` are images in [0, 1], [batch, channels, height, width].
         """
         x = self.act1(self.pool1(self.norm1(self.conv1(x))))
         x = self.act2(self.pool2(self.norm2(self.conv2(x))))
@@ -127,11 +116,7 @@ class Decoder(nn.Module):
         self.act3 = nn.Sigmoid()
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return images in [0, 1], [batch, channels, height, width].
-
-        Args:
-            z: latent vectors, [batch, latent].
-        """
+        """Return images in [0, 1], [batch, channels, height, width], of ``z``, [batch, latent]."""
         x = self.fc(z)
         x = x.reshape(len(z), *self.feature_shape)
         x = self.act1(self.norm1(self.deconv1(x)))
@@ -142,11 +127,7 @@ class Decoder(nn.Module):
 def feature_shape(image_resolution: tuple[int, int]) -> tuple[int, int, int]:
     """Return [channels, height, width] of the features between the blocks and the linear layers.
 
-    Args:
-        image_resolution: (height, width), positive multiples of 8.
-
-    Raises:
-        ValueError: for another resolution, which the decoder could not give back.
+    ``ValueError`` for a resolution that cannot be halved three times and doubled back.
     """
     height, width = image_resolution
     if height < 8 or width < 8 or height % 8 or width % 8:

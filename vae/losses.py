@@ -88,9 +88,7 @@ class ELBOLoss(nn.Module):
 def sigma_loss(squared_error: Tensor, pixels: int) -> Tensor:
     """Return -log p(x | z) in nats per image of the Gaussian with the best one variance.
 
-    Args:
-        squared_error: per image, summed over its values, mean over the images; a scalar.
-        pixels: the number of an image's values.
+    ``squared_error`` is the mean over the images of what an image's ``pixels`` values sum to.
     """
     # Below a variance of 1e-6 (a thousandth of the grey scale) the logarithm would run away.
     variance = (squared_error / pixels).clamp(min=1e-6)

@@ -40,14 +40,11 @@ class VAE(nn.Module):
         self.decoder = Decoder(image_resolution, image_channels, latent_size, batch_norm)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode, draw one z for each image, decode.
-
-        Args:
-            x: images in [0, 1], [batch, channels, height, width].
+        """Encode images, [batch, channels, height, width] in [0, 1], draw one z for each, decode.
 
         Returns:
-            The reconstructions, [batch, channels, height, width] in [0, 1], and the posterior's
-            mean and log-variance, each [batch, latent].
+            The reconstructions, of the images' shape, and the posterior's mean and log-variance,
+            each [batch, latent].
         """
         mean, log_var = self.encoder(x)
         latent_sample = self.sample_latent(mean, log_var)

@@ -23,7 +23,6 @@ from datasets.preprocessing import (
     fingerprint,
     map_in_parallel,
     open_picture,
-    picture_to_pixels,
 )
 
 PIXELS = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
@@ -59,7 +58,7 @@ def test_pictures_are_decoded_into_the_order_of_their_paths(tmp_path):
     decoded = decode_pictures(paths, (8, 8))
     assert decoded.dtype == np.uint8
     for path, pixels in zip(paths, decoded, strict=True):
-        assert np.array_equal(pixels, picture_to_pixels(path, (8, 8)))
+        assert np.array_equal(pixels, decode_pictures([path], (8, 8))[0])
 
 
 def broken_missing(path: Path) -> None:
@@ -414,9 +413,10 @@ BUILDER = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from datasets.preprocessing import compute_once
+from datasets import preprocessing
 
 folder, name = Path(sys.argv[1]), sys.argv[2]
+preprocessing.CACHE_FOLDER = folder / "cache"
 
 def compute():
     (folder / name).touch()
@@ -424,12 +424,12 @@ def compute():
         time.sleep(0.01)
     return np.full((50, 32, 32, 3), 7, np.uint8)
 
-print(int(compute_once("pixels", "key", compute, folder / "cache").sum()))
+print(int(preprocessing.compute_once("pixels", "key", compute).sum()))
 """
 
 
 @pytest.mark.slow
-def test_two_processes_may_build_the_same_file_at_once(tmp_path):
+def test_two_processes_may_build_the_same_file_at_once(tmp_path, monkeypatch):
     builders = [
         subprocess.Popen(
             [sys.executable, "-c", BUILDER, str(tmp_path), name],
@@ -443,5 +443,6 @@ def test_two_processes_may_build_the_same_file_at_once(tmp_path):
     total = 50 * 32 * 32 * 3 * 7
     assert [builder.communicate(timeout=60) for builder in builders] == [(f"{total}\n", "")] * 2
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["pixels-key.npz"]
-    kept = compute_once("pixels", "key", Computation(), tmp_path / "cache")
+    monkeypatch.setattr(preprocessing, "CACHE_FOLDER", tmp_path / "cache")
+    kept = compute_once("pixels", "key", Computation())
     assert int(kept.sum()) == total

@@ -108,12 +108,6 @@ def test_other_shapes_than_batch_by_latent_are_refused(mean, log_var):
     assert "[batch, 3]" in str(error.value)
 
 
-@pytest.mark.parametrize("latent_size", [0, -2])
-def test_a_sampler_without_dimensions_is_refused(latent_size):
-    with pytest.raises(ValueError, match=f"latent_size is {latent_size}: at least 1"):
-        SampleLatent(latent_size)
-
-
 # Batch normalisation.
 
 

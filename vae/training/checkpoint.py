@@ -18,8 +18,7 @@ from torch.distributions import MultivariateNormal
 from vae.training.command_line import first_line
 from vae.vae import VAE
 
-MARK = b"SHA-256:"
-"""Stands behind a checkpoint's content, and its digest behind that; zip readers skip both."""
+MARK = b"SHA-256:"  # stands between a checkpoint and its digest; zip readers skip both
 
 
 @contextmanager
@@ -27,11 +26,8 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of ``path`` once the block has ended well.
 
     Whoever reads ``path`` meanwhile sees the old file or the new one, never half of one; after an
-    error the old one is still there. Of a link, the file that it points to is replaced.
-
-    Raises:
-        OSError: if the folder cannot be written to, the disk is full, or ``path`` is something
-            else than a file.
+    error the old one is still there. Of a link, the file that it points to is replaced; what is
+    neither a file nor missing is an ``OSError``.
     """
     path = Path(os.path.realpath(path))  # which, unlike resolve(), bears a link to itself
     if path.exists() and not path.is_file():
@@ -50,11 +46,7 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write tensors and plain values to ``path`` atomically, with a digest of it all at the end.
-
-    Raises:
-        OSError: if it cannot be written; an earlier checkpoint is still there.
-    """
+    """Write tensors and plain values to ``path`` atomically, with a digest of it all at the end."""
     buffer = BytesIO()
     torch.save(checkpoint, buffer)
     content = buffer.getvalue()
@@ -106,11 +98,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_latents(latents: MultivariateNormal, path: Path) -> None:
-    """Add the fitted distribution of the latents to a checkpoint (see ``vae.latent``).
-
-    Raises:
-        OSError: if it cannot be written; the checkpoint stays as it was.
-    """
+    """Add the fitted distribution of the latents to a checkpoint (see ``vae.latent``)."""
     fitted = {"mean": latents.mean.cpu(), "covariance": latents.covariance_matrix.cpu()}
     save_checkpoint(load_checkpoint(path) | {"latents": fitted}, path)
 
@@ -120,12 +108,8 @@ def load_model(
 ) -> tuple[VAE, dict[str, Any], MultivariateNormal | None]:
     """Rebuild the model that a checkpoint holds, ready for inference.
 
-    Returns:
-        The model, its config, and the fitted distribution of its latents; None before a run's end.
-
-    Raises:
-        ValueError: if the file is missing, damaged, or not a checkpoint of this model.
-        OSError: if it may not be read.
+    It comes with its config and the fitted distribution of its latents (None before a run's end).
+    What is raised is as in ``load_checkpoint``.
     """
     checkpoint = load_checkpoint(path)
     config, fitted = checkpoint["config"], checkpoint.get("latents")
@@ -151,11 +135,7 @@ def load_model(
 
 
 def load_weights(model: VAE, weights: dict[str, Tensor]) -> None:
-    """Give ``model`` the weights of a checkpoint.
-
-    Raises:
-        ValueError: if one of them has another shape or type than the model's, or is not finite.
-    """
+    """Give ``model`` the weights of a checkpoint; ``ValueError`` for what does not fit it."""
     for name, own in model.state_dict().items():
         if not same_kind(weights.get(name), own):
             raise ValueError(f"{name} is missing, of another shape or type, or not finite")

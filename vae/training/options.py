@@ -8,16 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from vae.training.command_line import ROOT, RUNS, Parser
 
-Needed: TypeAlias = tuple[str, Callable[[Any], object]]
-"""What an option's value has to be: in words, and as a check."""
 
-
-def one_of(*choices: str) -> Needed:
-    """Return the need for one of a few words."""
+def one_of(*choices: str) -> tuple[str, Callable[[Any], object]]:
+    """Return what an option's value has to be, here one of a few: in words, and as a check."""
     return f"one of {', '.join(choices)}", lambda value: value in choices
 
 
@@ -40,7 +37,7 @@ NAME = (
 )
 
 
-def option(group: str, default: Any, help: str, needed: Needed = ("", lambda value: True)) -> Any:
+def option(group: str, default: Any, help: str, needed: Any = ("", lambda value: True)) -> Any:
     """Declare one option: a field of ``Options`` and a line of ``--help``."""
     return field(default=default, metadata={"group": group, "help": help, "needed": needed})
 

@@ -25,19 +25,18 @@ from vae.training.options import Options
 from vae.training.run import SYNTHETIC, Run
 from vae.vae import VAE
 
-LOOK_EVERY = 10
-"""Epochs between two looks at the validation split."""
+LOOK_EVERY = 10  # epochs between two looks at the validation split
 COMPARED = ("squared_error", "squared_error_mean", "psnr", "kl", "active_units")
 
 
 def opening(run: Run, model: VAE, splits: Splits, epoch: int) -> str:
     """Return what a run says at its start: on what it is trained, where, and from which epoch."""
+    size = run.options.image_size
     counts = "{:,} training, {:,} validation and {:,} test pictures".format(*map(len, splits[:3]))
-    height, width = splits.image_resolution
     parameters = sum(weight.numel() for weight in model.parameters())
     going = f"goes on at epoch {epoch} of" if epoch else "is trained for"
     return (
-        f"{splits.dataset}: {counts} of {height}x{width}\n"
+        f"{splits.dataset}: {counts} of {size}x{size}\n"
         f"A VAE of {parameters:,} parameters {going} {run.options.epochs} epochs on {run.device}\n"
         f"Its folder: {run.folder}"
     )
@@ -48,13 +47,8 @@ def write_losses(
 ) -> tuple[float, float, float]:
     """Write one point for each batch of an epoch to TensorBoard; return the last batch's losses.
 
-    Args:
-        writer: the run's.
-        losses: KL, reconstruction and total loss of each batch, [3] each.
-        epoch: counted from 0.
-
-    Raises:
-        FloatingPointError: if one of them is not finite; it names the epoch and the batch.
+    ``losses`` are KL, reconstruction and total loss of each batch, [3]. ``FloatingPointError``
+    names the epoch and the batch where one is not finite.
     """
     for batch, (kl, reconstruction, total) in enumerate(torch.stack(losses).tolist()):
         if not math.isfinite(total):
@@ -98,18 +92,10 @@ def test_pairs(model: VAE, test: Pictures, count: int) -> Tensor:
 
 @torch.no_grad()
 def report(run: Run, model: VAE, splits: Splits) -> dict[str, Any]:
-    """Measure the trained model, and leave metrics and pictures in the run's folder.
-
-    Returns:
-        The metrics, as they are in ``metrics.json``.
-
-    Raises:
-        OSError: if the folder cannot be written to.
-    """
+    """Measure the trained model, leave metrics and pictures in its folder; return the metrics."""
     options, seconds = run.options, time.perf_counter() - run.started
     model.eval()
-    loss = ELBOLoss(options.beta, options.likelihood)
-    components = options.latent_size
+    loss, components = ELBOLoss(options.beta, options.likelihood), options.latent_size
     latents = fit_latents(model, splits.train.batches())
     metrics: dict[str, Any] = {
         "dataset": splits.dataset,
@@ -157,8 +143,8 @@ def report(run: Run, model: VAE, splits: Splits) -> dict[str, Any]:
 
 def write_latents(writer: SummaryWriter, model: VAE, splits: Splits, epoch: int) -> None:
     """Write test latents with thumbnails and species to TensorBoard's Projector."""
-    # The Projector shows up to 8,192 x 8,192 pixels of thumbnails; a thousand are enough.
-    count = min(1000, (8192 // model.image_resolution[0]) ** 2)
+    # The Projector shows up to 8,192 x 8,192 pixels of thumbnails; five hundred are enough.
+    count = min(500, (8192 // model.image_resolution[0]) ** 2)
     pictures, labels = splits.test[:: -(-len(splits.test) // count)]
     means = torch.cat([model.encoder(batch)[0] for batch in pictures.split(64)])
     names = Flowers102.classes if splits.dataset == "flowers102" else range(102)

@@ -187,11 +187,7 @@ class Run:
 
 
 def prepare(command: Command) -> tuple[Options, Splits, Path] | None:
-    """Return the options, pictures and folder of a run; None if the one to resume is finished.
-
-    Raises:
-        ValueError: if the device, the pictures or the run to resume are not there.
-    """
+    """Return the options, pictures and folder of a run; None if the one to resume is finished."""
     options, folder, resume = command.options, command.folder, command.start == "resume"
     if resume:
         checkpoint = load_checkpoint(folder / "checkpoint.pt")

@@ -217,9 +217,8 @@ def test_odd_rows_are_test_pictures_and_even_rows_their_reconstructions(model, t
 def test_the_metrics_are_of_the_whole_splits(run, again, split):
     metrics, expected = json.loads((run / "metrics.json").read_bytes())[split], again[split]
     assert metrics.keys() == expected.keys()
-    for name in metrics.keys() - {"elbo_per_dimension"}:
+    for name in metrics:
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
-    assert metrics["elbo_per_dimension"] is None
 
 
 def test_the_metrics_are_at_the_final_beta_and_not_at_the_last_epochs(run):
@@ -365,12 +364,12 @@ def test_the_projector_shows_each_test_picture_with_its_own_species(tmp_path, da
     assert np.abs(thumbnails - splits.test.pixels.numpy().astype(int)).max() <= 1
 
 
-def test_the_projector_shows_a_thousand_pictures_of_all_species_at_most(model, tmp_path):
+def test_the_projector_shows_five_hundred_pictures_of_all_species_at_most(model, tmp_path):
     splits = make_splits(test=2500)
     with SummaryWriter(tmp_path) as writer, torch.no_grad():
         report.write_latents(writer, model, splits, epoch=3)
     species = (tmp_path / "00003" / "test_latents" / "metadata.tsv").read_text().split()
-    assert species == [str(label % 102) for label in range(0, 2500, 3)]
+    assert species == [str(label % 102) for label in range(0, 2500, 5)]
 
 
 # The last words.
