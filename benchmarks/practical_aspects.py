@@ -158,7 +158,7 @@ def plot_betas(results: dict[str, Runs], figure: Figure) -> None:
     for beta, x, runs in zip(sorted(betas), kl, rows, strict=True):
         place = (x, mean(runs, "error, test"))
         error.annotate(f"β = {beta:g}", place, (4, 6), textcoords="offset points", rotation=40)
-    error.margins(0.1, 0.2)
+    error.margins(0.14, 0.2)
     for column in ("samples, prior", "samples, fitted"):
         samples.plot(kl, [mean(runs, column) for runs in rows], "o-", label=column)
     error.set(ylabel="distortion: squared error\nper test picture (z sampled)", xscale="log")

@@ -1,6 +1,8 @@
 """The page that ``explore`` writes, opened from disk in a headless Chromium."""
 
+import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -88,7 +90,7 @@ report.address = picture();
 visit("#z=99,-99,flower,,Infinity,NaN");
 report.nonsense = picture();
 HTMLAnchorElement.prototype.click = function () {
-  report.download = { name: this.download, start: this.href.slice(0, 22) };
+  report.download = { name: this.download, address: this.href };
 };
 press("download");
 document.body.dataset.report = JSON.stringify(report);
@@ -362,8 +364,12 @@ def test_fitted_draws_have_the_latents_mean_and_covariance(pages, plain):
     assert (white.cov() - torch.eye(len(Z))).abs().max() < error * 2**0.5
 
 
-def test_the_picture_can_be_downloaded(plain):
-    assert plain["download"] == {"name": "flower.png", "start": "data:image/png;base64,"}
+def test_the_large_picture_can_be_downloaded(plain):
+    assert plain["download"]["name"] == "flower.png"
+    kind, content = plain["download"]["address"].split(",")
+    assert kind == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
+        assert picture.size == tuple(plain["size"][::-1])
 
 
 def test_sliders_are_labelled_with_their_share_the_largest_first(pages, seen):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import re
 from tempfile import mkdtemp
 
@@ -60,6 +61,7 @@ def test_an_encoder_takes_its_images_and_nothing_else(shape, dtype):
 @given(shape=shapes)
 def test_a_decoder_takes_its_latents_and_nothing_else(shape):
     assume(len(shape) == 2 or 0 not in shape)  # there is nothing to refuse in nothing
+    assume(len(shape) == 2 or shape[-1:] != [4] or math.prod(shape[1:-1]) > 1)  # the same values
     decoder = Decoder((8, 16), 3, 4)
     if len(shape) == 2 and shape[1] == 4:
         assert decoder(torch.zeros(shape)).shape == (shape[0], 3, 8, 16)

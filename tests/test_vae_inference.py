@@ -225,9 +225,14 @@ def test_a_photograph_is_squeezed_or_cropped_to_its_middle(tmp_path):
     assert torch.equal(cropped[:, :, 1:-1], red[:, :, 1:-1])
 
 
-def test_a_crop_has_the_shape_of_a_model_that_is_not_square(tmp_path):
-    write_photograph(tmp_path / "a.png")
-    assert read_photograph(tmp_path / "a.png", (16, 24), centre_crop=True).shape == (1, 3, 16, 24)
+def test_a_crop_has_the_shape_of_a_model_that_is_not_square_and_squeezes_nothing(tmp_path):
+    image = Image.new("RGB", (48, 48), "blue")
+    image.paste("red", (0, 8, 48, 40))  # the middle, three wide for two high
+    image.save(tmp_path / "a.png")
+    cropped = read_photograph(tmp_path / "a.png", (16, 24), centre_crop=True)
+    assert cropped.shape == (1, 3, 16, 24)
+    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 14, 24)
+    assert torch.equal(cropped[0, :, 1:-1], red)
 
 
 # The command line

@@ -154,6 +154,15 @@ def test_spherical_steps_from_a_vector_to_itself_stay_there():
             assert torch.allclose(z, start.repeat(5, 1), atol=1e-5)
 
 
+def test_spherical_steps_between_opposite_vectors_are_a_straight_line():
+    # There is no one arc between them.
+    with seeded():
+        for start in torch.randn(200, 1, 10):
+            z = spherical_steps(start, -start, 5)
+            line = torch.tensor([[1.0], [0.5], [0.0], [-0.5], [-1.0]]) * start
+            assert torch.allclose(z, line, atol=1e-5)
+
+
 # Along one dimension.
 
 
