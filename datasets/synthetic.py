@@ -47,7 +47,7 @@ def flower_labels(split: str) -> np.ndarray:
     """Return the species of each picture, [n] int64 in 0..101: Flowers102's labels in its order."""
     # Flowers102 files species 20 between 15 and 16; all others stand in ascending order.
     order = np.array([*range(16), 20, *range(16, 20), *range(21, 102)], dtype=np.int64)
-    counts = {"train": 10, "val": 10, "test": np.array(_TEST_COUNTS)[order]}
+    counts = dict.fromkeys(SPLITS, np.full(102, 10)) | {"test": np.array(_TEST_COUNTS)[order]}
     return np.repeat(order, counts[split])
 
 
