@@ -624,6 +624,15 @@ def test_without_the_pictures_the_prior_stands_in_with_a_warning(folder, grids, 
     assert torch.equal(grids[0].images, grids[1].images)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_warning_is_for_the_commands_that_draw_new_flowers(folder, capsys, command):
+    options = {"fitted": False, "dataset": "flowers102", "data_root": "nowhere"}
+    path = write_checkpoint(folder / "checkpoint.pt", **options)
+    main([*arguments(command), "--checkpoint", str(path)])
+    warned = "no fitted latents" in capsys.readouterr().err
+    assert warned == (command in ("similar", "sample", "explore"))
+
+
 # What goes wrong
 
 
