@@ -5,7 +5,6 @@ seeds each, and writes a table and figures. Runs that are finished are not train
 be stopped at any time.
 """
 
-import argparse
 import io
 import json
 import os
@@ -29,11 +28,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from datasets.pictures import load_splits  # noqa: E402
+from vae.training.command_line import Parser, number  # noqa: E402
 from vae.training.options import PRESETS, Options, resumed_options  # noqa: E402
 from vae_training import train  # noqa: E402
 
-Runs = list[dict[str, Any]]
-"""The metrics of a setting's seeds."""
+Runs = list[dict[str, Any]]  # the metrics of a setting's seeds
 
 EPOCHS = 200  # of most runs: enough to tell the settings apart
 POST_500 = "the post, 500 epochs"
@@ -212,7 +211,7 @@ def plot_pictures(run: Path, figure: Figure) -> None:
             grid = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
             name = tag
             if tag == "test_pairs":
-                # Odd rows show test pictures, even ones what was drawn of them.
+                # Odd rows (34 pixels each) show test pictures, even ones what was drawn of them.
                 name, grid = "reconstructions", np.concatenate((grid[36:70], grid[104:138]))
             panel.imshow(grid)
             panel.set(xticks=[], yticks=[], title=f"{name}, epoch {epoch}")
@@ -220,12 +219,12 @@ def plot_pictures(run: Path, figure: Figure) -> None:
 
 def main() -> None:
     """Train what is missing, then write the table and the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each setting (default: 3)")
+    parser, count = Parser(description=__doc__), number(int, 1, 1000)
+    parser.add_argument("--seeds", type=count, default=3, help="runs of each setting (default: 3)")
     parser.add_argument("--data-root", default=Options.data_root, help="holds flowers-102")
     parser.add_argument("--log-dir", type=Path, help="default: benchmarks/runs/practical_aspects")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="default: results/")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--processes", type=count, default=os.cpu_count(), help="runs at a time")
     command = parser.parse_args()
     log_dir = command.log_dir or ROOT / "benchmarks" / "runs" / "practical_aspects"
     changes = {name: {"epochs": EPOCHS} | each for name, each in (SETTINGS | CURVES).items()}

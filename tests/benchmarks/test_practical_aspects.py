@@ -84,3 +84,12 @@ def test_each_setting_is_an_experiment_and_only_the_post_is_the_posts(name):
     post = vars(Options(epochs=200))
     options = vars(Options(**{"epochs": 200} | practical_aspects.SETTINGS[name]))
     assert (options == post) == (name == "the post")
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--processes"])
+def test_nothing_to_do_or_nobody_to_do_it_is_one_line(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["practical_aspects.py", option, "0"])
+    with pytest.raises(SystemExit, match="2"):
+        practical_aspects.main()
+    line = f"practical_aspects.py: error: argument {option}: 0 given, 1 to 1000 needed\n"
+    assert capsys.readouterr().err == line
