@@ -140,7 +140,8 @@ def plot_errors(results: dict[str, Runs], figure: Figure) -> None:
         axes.plot(errors, [row] * len(errors), "o", color="tab:blue", alpha=0.7)
     pca = results["the post"][0]["pca"]
     axes.axvline(pca["test"], color="tab:red", linestyle="--")
-    axes.text(pca["test"], -0.8, f" PCA, {pca['components']} components", color="tab:red")
+    label = f"PCA, {pca['components']} components"
+    axes.text(pca["test"], 1.01, label, color="tab:red", transform=axes.get_xaxis_transform())
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("squared error per test picture (z sampled; sum over 3,072 values)")
