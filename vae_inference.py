@@ -56,8 +56,7 @@ def sample(model: VAE, latents: MultivariateNormal, options: argparse.Namespace)
     """Draw new flowers from where the training pictures' latents are, or from the prior."""
     source = latents if options.source == "data" else prior(model)
     images = model.decoder(source.sample((options.count,)))
-    # Twice as wide as high.
-    return draw_grid(images, math.ceil(math.sqrt(2 * options.count)))
+    return draw_grid(images, math.ceil(math.sqrt(2 * options.count)))  # twice as wide as high
 
 
 def reconstruct(model: VAE, _: MultivariateNormal, options: argparse.Namespace) -> bytes:
@@ -89,9 +88,7 @@ def traverse(model: VAE, _: MultivariateNormal, options: argparse.Namespace) -> 
     own = mean[0, order]
     rows = [
         f"z{dimension} ({share:.0%})\nis {value:.2f}"
-        for dimension, share, value in zip(
-            order.tolist(), shares.tolist(), own.tolist(), strict=True
-        )
+        for dimension, share, value in zip(order, shares, own, strict=True)
     ]
     captions = ["reconstruction", *(f"{value:.3g}" for value in values.tolist())]
     marks = 1.5 + (own.clamp(-3, 3) + 3) / 6 * (options.steps - 1)
@@ -134,11 +131,8 @@ def base64_float32(values: Tensor) -> str:
 
 def photographs(model: VAE, options: argparse.Namespace) -> list[Tensor]:
     """Read the pictures of the command line, each [1, 3, height, width] as the model needs it."""
-    device = model.decoder.fc.weight.device
-    return [
-        read_photograph(path, model.image_resolution, options.centre_crop).to(device)
-        for path in options.images
-    ]
+    size, device = model.image_resolution, model.decoder.fc.weight.device
+    return [read_photograph(path, size, options.centre_crop).to(device) for path in options.images]
 
 
 def draw_grid(

@@ -95,6 +95,8 @@ def take_terminal() -> None:
     """
     # At once: an import may swallow an exception, and Python's own end shows its traceback.
     signal.signal(signal.SIGINT, lambda *_: end(130, "Stopped by SIGINT.", os._exit))
+    threading.excepthook = leave_to_main
+    sys.unraisablehook = end_if_stopped
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (open to the end)
         stream.reconfigure(errors="backslashreplace")
@@ -109,7 +111,6 @@ def one_line_errors() -> Iterator[None]:
     too little memory, a loss that is not finite), 128 and its number for a signal. A mistake in
     the code keeps its traceback.
     """
-    hook, threading.excepthook = threading.excepthook, leave_to_main
     try:
         yield
         sys.stdout.flush()
@@ -123,8 +124,13 @@ def one_line_errors() -> Iterator[None]:
         end(1, f"error: too little memory ({first_line(error)}): take a smaller model or batch")
     except KeyboardInterrupt as error:
         end(getattr(error, "exit_status", 130), str(error) or "Stopped")
-    finally:
-        threading.excepthook = hook
+
+
+def end_if_stopped(lost: "sys.UnraisableHookArgs") -> None:
+    """End the program at once where Ctrl-C comes in a finaliser: nobody above would hear of it."""
+    if isinstance(error := lost.exc_value, KeyboardInterrupt):
+        end(getattr(error, "exit_status", 130), str(error) or "Stopped", os._exit)
+    sys.__unraisablehook__(lost)
 
 
 def leave_to_main(error: threading.ExceptHookArgs) -> None:

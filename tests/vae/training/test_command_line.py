@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from vae.training.command_line import Parser, leave_to_main, number, one_line_errors
+from vae.training.command_line import Parser, number, one_line_errors
 from vae.training.run import Stopped
 from vae_training import main
 
@@ -116,43 +115,6 @@ def test_a_program_that_ends_well_prints_nothing_and_exits_as_it_likes(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-# Errors in other threads.
-
-
-def end_thread(error: BaseException) -> None:
-    thread = threading.Thread(target=fail, args=(error,))
-    thread.start()
-    thread.join()
-
-
-def test_a_full_disk_in_another_thread_is_left_to_the_main_thread(capsys):
-    with one_line_errors():
-        end_thread(OSError(errno.ENOSPC, "No space left on device"))
-    assert capsys.readouterr().err == ""
-
-
-def test_a_mistake_in_another_thread_is_shown(capsys):
-    with one_line_errors():
-        end_thread(RuntimeError("a mistake"))
-    assert "RuntimeError: a mistake" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("error", [None, ValueError("no")])
-def test_threads_report_as_before_afterwards(error, monkeypatch):
-    def hook(arguments: object) -> None:
-        pass
-
-    monkeypatch.setattr(threading, "excepthook", hook)
-    try:
-        with one_line_errors():
-            assert threading.excepthook is leave_to_main
-            if error:
-                raise error
-    except SystemExit:
-        assert error
-    assert threading.excepthook is hook
-
-
 # The parser.
 
 
@@ -243,6 +205,49 @@ def test_ctrl_c_is_one_line_at_any_moment(code):
     ended = shell('"$@"', "-c", f"{TERMINAL}print('before')\n{code}")
     line = "-c: Stopped by SIGINT.\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "before\n", line)
+
+
+# An exception in a finaliser gets lost: Python shows it and goes on.
+FINALISER = """
+class Picture:
+    def __del__(self):
+        {}
+def finalise():
+    Picture()
+    print('after')
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        ("KeyboardInterrupt", 130, "Stopped"),
+        ("Stopped(signal.SIGTERM, Path('nowhere'))", 143, "Stopped by SIGTERM."),
+    ],
+)
+def test_a_signal_in_a_finaliser_ends_the_program_with_its_line(error, status, line):
+    imports = "from pathlib import Path\nfrom vae.training.run import Stopped\n"
+    code = TERMINAL + imports + FINALISER.format(f"raise {error}")
+    ended = shell('"$@"', "-c", f"{code}with one_line_errors():\n    finalise()")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", f"-c: {line}\n")
+
+
+def test_a_mistake_in_a_finaliser_is_shown():
+    ended = shell('"$@"', "-c", f"{TERMINAL}{FINALISER.format('1 / 0')}finalise()")
+    assert (ended.returncode, ended.stdout) == (0, "after\n")
+    assert "ZeroDivisionError" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [("OSError(28, 'No space left')", False), ("RuntimeError('a mistake')", True)],
+)
+def test_a_full_disk_in_another_thread_is_left_to_the_main_thread(error, said):
+    thread = f"def fail():\n    raise {error}\nthread = threading.Thread(target=fail)\n"
+    code = f"{TERMINAL}import threading\n{thread}thread.start()\nthread.join()"
+    ended = shell('"$@"', "-c", code)
+    assert ended.returncode == 0
+    assert ("RuntimeError: a mistake" in ended.stderr) == bool(ended.stderr) == said
 
 
 @pytest.mark.slow
