@@ -75,22 +75,22 @@ def interpolate(model: VAE, _: MultivariateNormal, options: argparse.Namespace) 
     return draw_grid(torch.cat((start, model.decoder(z), end)), len(captions), captions)
 
 
-def traverse(model: VAE, _: MultivariateNormal, options: argparse.Namespace) -> bytes:
-    """Draw one row for each latent dimension, which alone moves over the prior's -3 to 3."""
+def traverse(model: VAE, latents: MultivariateNormal, options: argparse.Namespace) -> bytes:
+    """Draw one row for each latent dimension, which alone moves by -3 to 3 standard deviations."""
     (x,) = photographs(model, options)
     mean, _ = model.encoder(x)
-    shares, order = variation_per_dimension(model).sort(descending=True)
-    values = torch.linspace(-3, 3, options.steps, device=x.device)
+    shares, order = variation_per_dimension(model, latents).sort(descending=True)
+    steps = torch.linspace(-3, 3, options.steps, device=x.device)
     # The first column is the picture's own reconstruction.
     z = mean.repeat(model.latent_size, 1 + options.steps, 1)
     for row, dimension in enumerate(order):
-        z[row, 1:, dimension] = values
-    own = mean[0, order]
+        z[row, 1:, dimension] = latents.mean[dimension] + steps * latents.stddev[dimension]
+    own = ((mean[0] - latents.mean) / latents.stddev)[order]
     rows = [
-        f"z{dimension} ({share:.0%})\nis {value:.2f}"
-        for dimension, share, value in zip(order, shares, own, strict=True)
+        f"z{dimension} ({share:.0%})\nis {step:.2f} sd"
+        for dimension, share, step in zip(order, shares, own, strict=True)
     ]
-    captions = ["reconstruction", *(f"{value:.3g}" for value in values.tolist())]
+    captions = ["reconstruction", *(f"{step:.3g} sd" for step in steps.tolist())]
     marks = 1.5 + (own.clamp(-3, 3) + 3) / 6 * (options.steps - 1)
     return draw_grid(model.decoder(z.flatten(0, 1)), len(captions), captions, rows, marks.tolist())
 
@@ -101,7 +101,7 @@ def explore(model: VAE, latents: MultivariateNormal, options: argparse.Namespace
     start = model.encoder(pictures[0])[0] if pictures else latents.sample((1,))
     exported = {
         "features": model.decoder.feature_shape,
-        "variation": variation_per_dimension(model).tolist(),
+        "variation": variation_per_dimension(model, latents).tolist(),
         "start": start[0].tolist(),
         "centre": latents.mean.tolist(),
         "scale": latents.scale_tril.tolist(),
@@ -213,13 +213,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(options.seed)
         if not latents:
-            drawn = options.command in ("similar", "sample", "explore")
-            latents = refit_latents(model, config) if drawn else prior(model)
+            unused = options.command in ("reconstruct", "interpolate")
+            latents = prior(model) if unused else refit_latents(model, config)
         content = COMMANDS[options.command](model, latents, options)
     with replace_atomically(output) as file:
         file.write(content)
     if not options.checkpoint:
-        print(f"drawn by the model in {checkpoint}", file=sys.stderr)
+        print(f"drawn by the model in {checkpoint} ({config.get('dataset')})", file=sys.stderr)
     print(output)
 
 

@@ -25,7 +25,7 @@ from vae.vae import VAE
 
 
 def train(
-    options: Options, splits: Splits, folder: Path, start: str = "new", progress: bool = True
+    options: Options, splits: Splits, folder: Path | str, start: str = "new", progress: bool = True
 ) -> tuple[VAE, dict[str, Any]]:
     """Run the post's training loop and leave its results in ``folder``.
 
@@ -46,7 +46,7 @@ def train(
         OSError: if ``folder`` cannot be written to.
     """
     # Run: the folder's lock and checkpoints, the seeds, and Ctrl-C
-    with Run(options, splits, folder, start) as run:
+    with Run(options, splits, Path(folder), start) as run:
         # Data: all pictures lie decoded in the device's memory, where a batch is one index away
         splits = splits.to(run.device)
         train_dataloader = DataLoader(

@@ -64,7 +64,7 @@ def whole_batch(batch: Any) -> Any:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Mirror every second image, and shift, rotate, zoom and tint each, all at random.
+    """Mirror half of the images, and shift, rotate, zoom and tint each, all at random.
 
     Images are [batch, channels, height, width] in [0, 1], before and after (then channels last in
     memory); what moves in from outside repeats the border.
@@ -103,7 +103,7 @@ class Splits(NamedTuple):
 
 def load_splits(
     dataset: str = "auto",
-    data_root: Path = Path(__file__).parent,
+    data_root: Path | str = Path(__file__).parent,
     image_resolution: tuple[int, int] = (32, 32),
     progress: bool = True,
 ) -> Splits:
@@ -121,7 +121,7 @@ def load_splits(
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset is {dataset!r}: one of {', '.join(DATASETS)} is needed")
-    height, width = image_resolution
+    data_root, (height, width) = Path(data_root), image_resolution
     needed = height * width * 3 * 8189 + 3e8  # all pixels, and roughly what decoding takes
     free = psutil.virtual_memory().available
     if needed > free:
@@ -136,8 +136,7 @@ def load_splits(
         try:
             flowers102.download(data_root)
         except ConnectionError as error:
-            folder = data_root / "flowers-102"
-            fallback = f"Flowers102 is not in {folder}, and its server cannot be reached ({error})"
+            fallback = f"Flowers102 is not in {data_root}/flowers-102, server unreachable ({error})"
             if dataset == "flowers102":
                 raise ValueError(f"{fallback}. {advice}") from None
         except OSError as error:

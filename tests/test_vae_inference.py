@@ -392,45 +392,47 @@ def test_interpolate_captions_the_pictures_and_their_reconstructions(
 
 
 def test_traverse_moves_one_dimension_in_each_row_after_the_reconstruction(
-    folder, checkpoint, model, grids
+    folder, checkpoint, model, latents, grids
 ):
     main(["traverse", "a.png", "--steps", "5", "--checkpoint", str(checkpoint)])
     with seeded():
-        order = variation_per_dimension(model).argsort(descending=True)
+        order = variation_per_dimension(model, latents).argsort(descending=True)
     mean, _ = model.encoder(photograph("a.png"))
     assert grids[0].columns == 6
     for dimension, row in zip(order, grids[0].images.unflatten(0, (4, 6)), strict=True):
         assert torch.allclose(row[0], model.decoder(mean)[0], atol=1e-6)
-        for image, value in zip(row[1:], (-3.0, -1.5, 0.0, 1.5, 3.0), strict=True):
+        for image, step in zip(row[1:], (-3.0, -1.5, 0.0, 1.5, 3.0), strict=True):
             z = mean.clone()
-            z[0, dimension] = value
+            z[0, dimension] = latents.mean[dimension] + step * latents.stddev[dimension]
             assert torch.allclose(image, model.decoder(z)[0], atol=1e-6)
 
 
-def test_traverse_captions_the_columns_with_their_values(folder, checkpoint, grids):
+def test_traverse_captions_the_columns_with_their_standard_deviations(folder, checkpoint, grids):
     main(["traverse", "a.png", "--steps", "5", "--checkpoint", str(checkpoint)])
-    assert grids[0].captions == ["reconstruction", "-3", "-1.5", "0", "1.5", "3"]
+    assert grids[0].captions == ["reconstruction", "-3 sd", "-1.5 sd", "0 sd", "1.5 sd", "3 sd"]
 
 
 def test_traverse_labels_its_rows_with_share_and_own_value_the_largest_share_first(
-    folder, checkpoint, model, grids
+    folder, checkpoint, model, latents, grids
 ):
     main(["traverse", "a.png", "--checkpoint", str(checkpoint)])
     with seeded():
-        shares = variation_per_dimension(model)
-    own = model.encoder(photograph("a.png"))[0][0]
-    labels = [f"z{i} ({shares[i]:.0%})\nis {own[i]:.2f}" for i in range(4)]
-    assert len({label.split()[-1] for label in labels}) == 4
+        shares = variation_per_dimension(model, latents)
+    own = (model.encoder(photograph("a.png"))[0][0] - latents.mean) / latents.stddev
+    labels = [f"z{i} ({shares[i]:.0%})\nis {own[i]:.2f} sd" for i in range(4)]
+    assert len({label.split()[-2] for label in labels}) == 4
     assert grids[0].rows == [labels[i] for i in shares.argsort(descending=True)]
 
 
 def test_traverse_marks_the_pictures_own_value_between_the_columns(folder, checkpoint, grids):
     model, config, _ = load_model(checkpoint)
     model.encoder.fcm.weight.data.zero_()
-    model.encoder.fcm.bias.data = torch.tensor([-3.0, 0.0, 1.0, 7.0])
+    model.encoder.fcm.bias.data = torch.tensor([-5.0, 1.0, 3.0, 17.0])
     save_checkpoint({"model": model.state_dict(), "config": config}, folder / "known.pt")
+    save_latents(MultivariateNormal(torch.ones(4), 4 * torch.eye(4)), folder / "known.pt")
     main(["traverse", "a.png", "--steps", "7", "--checkpoint", "known.pt"])
-    # The first column's middle is 0.5, that of the value -3 is 1.5, and that of 3, 7.5.
+    # In standard deviations -3, 0, 1 and 8. The first column's middle is 0.5, that of -3 is 1.5,
+    # and that of 3, 7.5.
     expected = {"z0": 1.5, "z1": 4.5, "z2": 5.5, "z3": 7.5}
     marks = {row[:2]: mark for row, mark in zip(grids[0].rows, grids[0].marks, strict=True)}
     assert marks == pytest.approx(expected)
@@ -534,7 +536,7 @@ def test_the_newest_run_is_the_default_and_is_named(folder, capsys):
     (folder / "runs" / "empty").mkdir()
     newest = Path("runs", "new", "checkpoint.pt")
     main([*arguments("sample"), "--log-dir", "runs", "--output", "default.png"])
-    assert capsys.readouterr() == ("default.png\n", f"drawn by the model in {newest}\n")
+    assert capsys.readouterr() == ("default.png\n", f"drawn by the model in {newest} (auto)\n")
     main([*arguments("sample"), "--checkpoint", str(newest)])
     assert (folder / "default.png").read_bytes() == (folder / "sample.png").read_bytes()
 
@@ -556,7 +558,7 @@ def trained(folder, monkeypatch) -> Path:
 
 def test_without_a_run_the_model_that_comes_with_the_repository_draws(runs, trained, capsys):
     main([*arguments("sample"), "--output", "default.png"])
-    assert capsys.readouterr().err == f"drawn by the model in {trained}\n"
+    assert capsys.readouterr().err == f"drawn by the model in {trained} (auto)\n"
     main([*arguments("sample"), "--checkpoint", str(trained)])
     assert Path("default.png").read_bytes() == Path("sample.png").read_bytes()
 
@@ -564,7 +566,7 @@ def test_without_a_run_the_model_that_comes_with_the_repository_draws(runs, trai
 def test_a_run_comes_before_the_model_that_comes_with_the_repository(runs, trained, capsys):
     run = write_checkpoint(runs / "a" / "checkpoint.pt")
     main(arguments("sample"))
-    assert capsys.readouterr().err == f"drawn by the model in {run}\n"
+    assert capsys.readouterr().err == f"drawn by the model in {run} (auto)\n"
 
 
 def test_a_folder_without_runs_that_was_asked_for_is_refused(runs, trained, capsys):
@@ -625,12 +627,12 @@ def test_without_the_pictures_the_prior_stands_in_with_a_warning(folder, grids, 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_warning_is_for_the_commands_that_draw_new_flowers(folder, capsys, command):
+def test_the_warning_is_for_the_commands_that_need_the_fitted_latents(folder, capsys, command):
     options = {"fitted": False, "dataset": "flowers102", "data_root": "nowhere"}
     path = write_checkpoint(folder / "checkpoint.pt", **options)
     main([*arguments(command), "--checkpoint", str(path)])
     warned = "no fitted latents" in capsys.readouterr().err
-    assert warned == (command in ("similar", "sample", "explore"))
+    assert warned == (command not in ("reconstruct", "interpolate"))
 
 
 # What goes wrong

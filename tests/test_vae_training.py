@@ -164,7 +164,7 @@ def test_another_seed_gives_another_run(run, splits, tmp_path):
 
 
 def test_the_trained_model_and_its_metrics_are_returned(splits, tmp_path):
-    model, metrics = train(Options(**SMALL), splits, tmp_path, progress=False)
+    model, metrics = train(Options(**SMALL), splits, str(tmp_path), progress=False)
     saved, *_ = load_model(tmp_path / "checkpoint.pt")
     images = splits.test[:][0]
     assert not model.training

@@ -59,14 +59,15 @@ def spherical_steps(start: Tensor, end: Tensor, steps: int) -> Tensor:
     return (((1 - share) * angle).sin() * start + (share * angle).sin() * end) / angle.sin()
 
 
-def variation_per_dimension(model: VAE, draws: int = 256) -> Tensor:
+def variation_per_dimension(model: VAE, latents: MultivariateNormal, draws: int = 256) -> Tensor:
     """Return each latent dimension's share of the variance of the decoder's pictures, [latent].
 
-    It is the share that is left when all other dimensions are known (Sobol's total effect,
-    estimated as in Jansen 1999 from ``draws`` pictures): 0 for one that the decoder ignores. Where
-    dimensions act together the shares sum to more than 1.
+    Each dimension varies as it does in ``latents``, by itself. Its share is what is left when all
+    others are known (Sobol's total effect, estimated as in Jansen 1999 from ``draws`` pictures): 0
+    for one that the decoder ignores. Where dimensions act together the shares sum to more than 1.
     """
-    z, other = torch.randn(2, draws, model.latent_size, device=model.decoder.fc.weight.device)
+    noise = torch.randn(2, draws, model.latent_size, device=latents.mean.device)
+    z, other = latents.mean + latents.stddev * noise
     images = model.decoder(z)
     total = images.var(dim=0, correction=0).sum().clamp(min=1e-12)
     changes = []

@@ -212,7 +212,8 @@ def test_flowers_on_disk_are_loaded_as_torchvision_loads_them(data_root):
 
 
 def test_auto_takes_flowers_on_disk_and_asks_no_server(data_root, server):
-    assert load_splits("auto", data_root, (8, 8), progress=False).dataset == "flowers102"
+    for folder in (data_root, str(data_root)):
+        assert load_splits("auto", folder, (8, 8), progress=False).dataset == "flowers102"
     assert server.asked_for == []
 
 

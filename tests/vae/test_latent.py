@@ -170,7 +170,7 @@ def test_a_dimension_that_the_decoder_ignores_has_no_share_of_the_variation(mode
     model.decoder.fc.weight[:, 2] = 0
     model.decoder.fc.weight[:, 1] *= 5
     with seeded():
-        shares = variation_per_dimension(model)
+        shares = variation_per_dimension(model, prior(model))
     assert shares[2] == 0
     assert shares.argmax() == 1
     assert 0.9 < shares.sum() < 2
@@ -184,17 +184,33 @@ class Known(VAE):
         self.decoder.forward = lambda z: draw(z)[:, None, None, None]
 
 
+WHITE = MultivariateNormal(torch.zeros(3), torch.eye(3))
+
+
 def test_the_shares_of_a_sum_are_those_of_its_terms_variances():
     with seeded():
-        shares = variation_per_dimension(Known(lambda z: 3 * z[:, 0] + z[:, 1]), DRAWS)
+        shares = variation_per_dimension(Known(lambda z: 3 * z[:, 0] + z[:, 1]), WHITE, DRAWS)
     assert torch.allclose(shares, torch.tensor([0.9, 0.1, 0.0]), atol=0.02)
+
+
+def test_dimensions_vary_around_where_the_latents_are_and_as_much_as_they_do():
+    latents = MultivariateNormal(
+        torch.tensor([0.0, 2.0, 0.0]), torch.diag(torch.tensor([1.0, 9, 1]))
+    )
+    with seeded():
+        shares = variation_per_dimension(Known(lambda z: z[:, 0] + z[:, 1]), latents, DRAWS)
+        products = variation_per_dimension(Known(lambda z: z[:, 0] * z[:, 1]), latents, DRAWS)
+    assert torch.allclose(shares, torch.tensor([0.1, 0.9, 0.0]), atol=0.02)
+    # Var(ab) is E[a^2] E[b^2] = 1 * (4 + 9); what z1 alone explains is E[a^2] Var(b) = 9 of it.
+    assert torch.allclose(products, torch.tensor([1, 9 / 13, 0]), atol=0.05)
 
 
 def test_dimensions_that_act_together_both_have_the_share_of_their_product():
     with seeded():
-        shares = variation_per_dimension(Known(lambda z: z[:, 0] * z[:, 1]), DRAWS)
+        shares = variation_per_dimension(Known(lambda z: z[:, 0] * z[:, 1]), WHITE, DRAWS)
     assert torch.allclose(shares, torch.tensor([1.0, 1.0, 0.0]), atol=0.05)
 
 
 def test_a_decoder_that_always_draws_the_same_has_no_variation():
-    assert torch.equal(variation_per_dimension(Known(lambda z: 0 * z[:, 0])), torch.zeros(3))
+    shares = variation_per_dimension(Known(lambda z: 0 * z[:, 0]), WHITE)
+    assert torch.equal(shares, torch.zeros(3))

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -32,16 +31,17 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))  # which, unlike resolve(), bears a link to itself
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a file and is not replaced by one")
-    descriptor, temporary = tempfile.mkstemp(".unfinished", f".{path.name}.", path.parent)
+    if not path.parent.is_dir():
+        raise OSError(f"{path.parent} is not a folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -64,11 +64,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: if the file is missing, damaged, or not a checkpoint of this model.
         OSError: if it may not be read.
     """
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: a checkpoint.pt of a run is needed")
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}: a checkpoint.pt of a run is needed")
     try:
-        if not path.is_file():
-            raise ValueError("it is not a file")
         content, mark, digest = path.read_bytes().rpartition(MARK)
         # Checkpoints of an older form have no digest.
         content = content if mark else digest

@@ -60,7 +60,7 @@ def read_inference_line(description: str, arguments: Sequence[str] | None = None
         usual = Path(f"{name}.{suffix}")
         each.add_argument("--output", type=Path, help=f"file to write (default: {usual})")
         each.set_defaults(usual_output=usual)
-        option(each, "--seed", number(int, 0, 2**32 - 1), 0, "of the noise")
+        option(each, "--seed", number(int, 0, 2**32 - 1), 0, "random seed")
         option(each, "--device", str, "auto", "cpu, cuda, mps ...; auto: an accelerator if any")
         return each
 

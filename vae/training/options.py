@@ -57,14 +57,14 @@ class Options:
 
     likelihood: str = option("loss", "gaussian", "reconstruction loss", LIKELIHOOD)
     beta: float = option("loss", 0.1, "weight of the KL divergence; 1 is the ELBO", WEIGHT)
-    beta_schedule: str = option("loss", "constant", "how beta gets there", BETA_SCHEDULE)
+    beta_schedule: str = option("loss", "constant", "schedule of beta", BETA_SCHEDULE)
     warmup_epochs: int = option("loss", 100, "length of the linear warm-up from 0")
     cycles: int = option("loss", 4, "cycles of the cyclical schedule", COUNT)
 
     epochs: int = option("training", 500, "passes over the training pictures", COUNT)
     batch_size: int = option("training", 64, "pictures in a batch", COUNT)
-    learning_rate: float = option("training", 1e-4, "of Adam", RATE)
-    lr_schedule: str = option("training", "constant", "cosine: down to 0", LR_SCHEDULE)
+    learning_rate: float = option("training", 1e-4, "learning rate of Adam", RATE)
+    lr_schedule: str = option("training", "constant", "cosine: falls to 0", LR_SCHEDULE)
     augment: bool = option("training", False, "flip, shift, turn, zoom and tint at random")
     seed: int = option("training", 0, "of weights, order and noise; a run repeats exactly", SEED)
     device: str = option("training", "auto", "cpu, cuda, mps ...; auto: an accelerator", DEVICE)

@@ -57,7 +57,8 @@ class Run:
         self.folder, self.start = folder, start
         self.device = find_device(options.device)
         self.config = asdict(self.options) | {"image_resolution": [size, size], "image_channels": 3}
-        self.place = f"{self.device.type} (threads: {torch.get_num_threads()})"
+        threads = torch.get_num_threads()
+        self.place = f"{self.device.type} (threads: {threads}, torch {torch.__version__})"
         self.pictures = 0
         for split in splits[:3]:
             self.pictures = zlib.crc32(split.pixels.cpu().contiguous().numpy().data, self.pictures)
@@ -193,7 +194,7 @@ def prepare(command: Command) -> tuple[Options, Splits, Path] | None:
         checkpoint = load_checkpoint(folder / "checkpoint.pt")
         options = resumed_options(checkpoint["config"], command.given)
         if checkpoint.get("epoch") == options.epochs and "latents" in checkpoint:
-            print(f"{folder} is finished: {options.epochs} epochs. --epochs NUMBER adds to them.")
+            print(f"{folder} is finished: {options.epochs} epochs. A larger --epochs goes on.")
             return None
         if options.dataset == "flowers102" and not is_on_disk(Path(options.data_root)):
             raise ValueError(f"{options.data_root} has no flowers-102 any more: give --data-root")

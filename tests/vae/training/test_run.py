@@ -425,7 +425,8 @@ def test_other_pictures_are_refused(finished, split):
 def test_another_number_of_threads_is_said_in_one_line_and_no_refusal(finished, splits, capfd):
     change(finished, lambda checkpoint: checkpoint.update(place="cpu (threads: 9)"))
     train_small(finished, splits, "resume", epochs=4)
-    before, now = "cpu (threads: 9)", f"cpu (threads: {torch.get_num_threads()})"
+    threads, version = torch.get_num_threads(), torch.__version__
+    before, now = "cpu (threads: 9)", f"cpu (threads: {threads}, torch {version})"
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
     assert line.startswith(f"warning: the run was on {before} and is now on {now}: ")
     assert line.endswith("no longer bit for bit the uninterrupted run")
@@ -447,7 +448,7 @@ def test_threads_that_are_really_more_are_noticed(folder, splits, capfd):
         train_small(folder, splits, "resume", epochs=4)
     finally:
         torch.set_num_threads(threads)
-    assert f"now on cpu (threads: {threads + 1})" in capfd.readouterr().err
+    assert f"now on cpu (threads: {threads + 1}, torch " in capfd.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_refused_and_nothing_touched(finished, splits):
