@@ -55,6 +55,12 @@ TABLE = {
             "to_itself",
         ),
         ("the posteriors' own variances left out", " + variances.diag()", "", "moments_of_the"),
+        (
+            "shares around the prior",
+            "latents.mean + latents.stddev * noise",
+            "noise",
+            "dimensions_vary",
+        ),
         ("near without its centre", "(1 - kept - spread) * latents.mean + ", "", "in_between"),
     ],
     ("vae/training/options.py", "vae/training/test_options.py"): [
@@ -127,8 +133,8 @@ TABLE = {
     ("vae_inference.py", "test_vae_inference.py"): [
         (
             "traverse's captions reversed",
-            "values.tolist()",
-            "values.flip(0).tolist()",
+            "steps.tolist()",
+            "steps.flip(0).tolist()",
             "traverse_captions",
         ),
     ],
