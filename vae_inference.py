@@ -1,6 +1,6 @@
 """See what a trained model has learnt: ``python vae_inference.py similar photograph.jpg``."""
 
-from vae.training.command_line import RUNS, one_line_errors, read_inference_line, take_terminal
+from vae.run import RUNS, one_line_errors, read_inference_line, take_terminal
 
 if __name__ == "__main__":
     take_terminal()

@@ -1,91 +1,130 @@
 """Train the post's variational autoencoder: ``python vae_training.py``."""
 
-from vae.training.command_line import take_terminal
-from vae.training.options import Options, read_command_line
-
-if __name__ == "__main__":
-    take_terminal()  # from here on Ctrl-C is one line
-    read_command_line(__doc__)  # --help and mistakes are answered before PyTorch is loaded
-
+import math
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import tyro
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from datasets.pictures import Splits, augment, whole_batch
+from datasets import DATASETS
+from datasets.preprocessing import InMemory, UserError, augment
 from vae.losses import ELBOLoss
-from vae.training.command_line import one_line_errors
-from vae.training.report import opening, report, summary, write_losses, write_validation
-from vae.training.run import Run, prepare
+from vae.report import opening, report, summary, write_validation
+from vae.run import Run, is_finished, new_folder, one_line_errors, saved_options
 from vae.vae import VAE
+
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Options:
+    """One experiment; the defaults are the post's."""
+
+    # flowers102, dtd, synthetic or a folder of pictures; auto: flowers102, or synthetic if offline
+    dataset: str = "auto"
+    data_root: str = str(ROOT / "datasets")  # folder that holds flowers-102, or will
+    image_size: int = 32  # height and width in pixels, a multiple of 8
+    crop: bool = False  # take the middle square of each picture, do not squeeze it
+    augment: bool = False  # flip, shift, turn, zoom and tint the training pictures at random
+
+    latent_size: int = 10  # latent dimensions
+    batch_norm: bool = False  # batch normalisation in encoder and decoder
+    likelihood: Literal["gaussian", "bernoulli", "sigma"] = "gaussian"  # reconstruction loss
+    beta: float = 0.1  # weight of the KL divergence; 1 is the ELBO
+    beta_schedule: Literal["constant", "linear", "cyclical"] = "constant"  # schedule of beta
+    warmup_epochs: int = 100  # length of the linear warm-up of beta from 0
+    cycles: int = 4  # cycles of the cyclical schedule of beta
+
+    epochs: int = 500  # passes over the training pictures
+    batch_size: int = 64  # pictures in a batch
+    learning_rate: float = 0.0001  # of Adam
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: falls to 0
+    seed: int = 0  # of weights, order and noise: a run repeats exactly
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or xpu; auto: an accelerator, if there is one
+    checkpoint_every: int = 10  # epochs between two checkpoints
+
+    def __post_init__(self) -> None:
+        """Raise ``UserError`` for a value that cannot be."""
+        one = ("latent_size", "cycles", "epochs", "batch_size", "checkpoint_every")
+        for name in (*one, "warmup_epochs", "seed", "beta", "learning_rate"):
+            given, low = getattr(self, name), int(name in one)
+            if not low <= given < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} is {given}: {low} or more is needed")
+        if self.image_size < 8 or self.image_size % 8:
+            raise UserError(f"--image-size is {self.image_size}: a multiple of 8 is needed")
+        # Whole paths, so that a run can be resumed from any folder.
+        object.__setattr__(self, "data_root", os.path.abspath(os.path.expanduser(self.data_root)))
+        if self.dataset not in (*DATASETS, "auto"):
+            object.__setattr__(self, "dataset", os.path.abspath(os.path.expanduser(self.dataset)))
+
+
+# Chosen on the validation split; results/practical_aspects.md has what each part buys.
+BEST = Options(epochs=1500, learning_rate=0.002, lr_schedule="cosine", augment=True)
 
 
 def train(
-    options: Options, splits: Splits, folder: Path | str, start: str = "new", progress: bool = True
+    options: Options, folder: Path | str, resume: bool = False, progress: bool = True
 ) -> tuple[VAE, dict[str, Any]]:
-    """Run the post's training loop and leave its results in ``folder``.
+    """Run the post's training loop; return the model and the metrics of ``metrics.json``.
 
     Args:
-        options: the experiment; its defaults are the post's.
-        splits: the pictures, of ``options.image_size``.
+        options: the experiment.
         folder: receives TensorBoard's events, the checkpoint, ``metrics.json`` and pictures.
-        start: ``"new"``, ``"resume"`` (go on with the run in ``folder``) or ``"overwrite"`` it.
+        resume: go on with the run in ``folder``.
         progress: print the post's line for each epoch above a progress bar.
 
-    Returns:
-        The trained model, and the metrics that are in ``metrics.json``.
-
     Raises:
-        ValueError: if options, pictures and folder do not fit together.
+        UserError: if options, pictures and folder do not fit together.
         FloatingPointError: if a loss or weight stops being finite; the last good checkpoint stays.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the epoch is done and saved.
-        OSError: if ``folder`` cannot be written to.
     """
-    # Run: the folder's lock and checkpoints, the seeds, and Ctrl-C
-    with Run(options, splits, Path(folder), start) as run:
-        # Data: all pictures lie decoded in the device's memory, where a batch is one index away
-        splits = splits.to(run.device)
-        train_dataloader = DataLoader(
-            splits.train, batch_size=options.batch_size, shuffle=True, collate_fn=whole_batch
-        )
-        test_dataloader = DataLoader(
-            splits.test, batch_size=5, shuffle=True, collate_fn=whole_batch
-        )
+    size, num_epochs = options.image_size, options.epochs
+    with Run(options, folder, resume) as run:  # the folder's lock, random numbers and Ctrl-C
+        # Squeeze every picture to the resolution, as in the post, or cut its middle out
+        squeeze, crop = [Resize((size, size))], [Resize(size), CenterCrop(size)]
+        pipeline = Compose([*(crop if options.crop else squeeze), ToTensor()])
+        # Load the data with it: Flowers102, if no other data set is asked for. InMemory decodes
+        # each picture once, not in every epoch
+        training_data = InMemory(run.dataset(split="train", transform=pipeline), progress)
+        validation_data = InMemory(run.dataset(split="val", transform=pipeline), progress)
+        test_data = InMemory(run.dataset(split="test", transform=pipeline), progress)
+        splits = training_data, validation_data, test_data
 
-        # Model, loss and optimiser
-        torch.manual_seed(options.seed)  # the same first weights for the same seed
-        model = VAE(
-            image_resolution=(options.image_size, options.image_size),
-            image_channels=3,
-            latent_size=options.latent_size,
-            batch_norm=options.batch_norm,
-        ).to(run.device)
-        model.to(memory_format=torch.channels_last)  # in which convolutions are faster
-        loss = ELBOLoss(beta=options.beta, likelihood=options.likelihood)
+        # Shuffle and batch the data
+        train_dataloader = DataLoader(training_data, batch_size=options.batch_size, shuffle=True)
+        test_dataloader = DataLoader(test_data, batch_size=5, shuffle=True)
+
+        # Initialize model, loss and optimiser
+        channels, _, _ = training_data.image_shape
+        model = VAE((size, size), options.latent_size, channels, options.batch_norm)
+        # In this memory format convolutions are faster; fused=True takes all weights in one step
+        model.to(run.device, memory_format=torch.channels_last)
+        loss = ELBOLoss(options.beta, options.likelihood)
         optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate, fused=True)
-
-        # TensorBoard's writer, and epoch 0, or the one that a resumed run goes on with
-        writer, first_epoch = run.begin(model, optimiser)
+        first_epoch = run.begin(model, optimiser, *splits)  # 0, or where a resumed run goes on
+        writer = run.enter_context(SummaryWriter(folder))
         if progress:
             print(opening(run, model, splits, first_epoch))
 
         # Main training loop
-        epochs = range(first_epoch, options.epochs)
-        hidden = not progress or None  # None: shown on terminals only
-        for epoch in tqdm(
-            epochs, initial=first_epoch, total=options.epochs, dynamic_ncols=True, disable=hidden
-        ):
+        batch_num = first_epoch * len(train_dataloader)
+        bar = {"initial": first_epoch, "total": num_epochs, "disable": None if progress else True}
+        for epoch in tqdm(range(first_epoch, num_epochs), dynamic_ncols=True, **bar):
             run.seed(epoch)  # so that a resumed run draws what the whole run would have drawn
-            # Both stay as they are, as in the post, unless a schedule was asked for
-            loss.beta = options.beta_at(epoch)
-            optimiser.param_groups[0]["lr"] = options.learning_rate_at(epoch)
-            losses = []
+            loss.beta = run.beta_at(epoch)  # Both stay as they are, as in the post,
+            optimiser.param_groups[0]["lr"] = run.learning_rate_at(epoch)  # without a schedule
             model.train()
             for train_features, _ in train_dataloader:
+                train_features = train_features.to(run.device, memory_format=torch.channels_last)
                 if options.augment:
                     train_features = augment(train_features)
                 # Step 1: set the gradients to zero
@@ -93,50 +132,67 @@ def train(
                 # Step 2: forward pass through the model
                 reconstructions, means, log_vars = model(train_features)
                 # Step 3: calculate the loss
-                _, kl_loss, reconstruction_loss, total_loss = loss(
+                beta, kl_loss, reconstruction_loss, total_loss = loss(
                     train_features, reconstructions, means, log_vars
                 )
-                # Step 4: keep the losses for TensorBoard: reading each now would make a GPU wait
-                losses.append(torch.stack((kl_loss, reconstruction_loss, total_loss)).detach())
+                # Step 4: write the losses to TensorBoard
+                losses = {"KL Loss": kl_loss, "Reconstruction Loss": reconstruction_loss}
+                writer.add_scalars("loss", losses | {"Total Loss": total_loss}, batch_num)
                 # Step 5: compute the gradients
                 total_loss.backward()
                 # Step 6: take the gradient descent step
                 optimiser.step()
-            # One point for each batch; the last one's losses are printed, as in the post
-            kl_loss, reconstruction_loss, total_loss = write_losses(writer, losses, epoch)
+                batch_num += 1
 
             # At the end of every epoch, create reconstructions of one batch of test data
             model.eval()
             test_features, _ = next(iter(test_dataloader))  # shuffled anew, so it cannot run out
             with torch.no_grad():
-                reconstructions, _, _ = model(test_features)
+                reconstructions, means, log_vars = model(test_features.to(run.device))
             writer.add_image("originals", make_grid(test_features), epoch)
             writer.add_image("reconstructions", make_grid(reconstructions), epoch)
-            writer.add_scalar("schedule/beta", loss.beta, epoch)
-            write_validation(writer, model, loss, splits, epoch)
+            writer.add_scalar("schedule/beta", beta, epoch)
+            write_validation(writer, model, loss, splits, epoch)  # beyond the post
             if progress:
                 tqdm.write(
                     f"Epoch: {epoch}, Reconstruction Loss: {reconstruction_loss:.2f}, "
                     f"KL Loss: {kl_loss:.2f}, Total Loss: {total_loss:.2f}"
                 )
             run.save(model, optimiser, epoch + 1)  # every ten epochs, and where Ctrl-C ends the run
-
-        if progress:
-            print("Measuring the trained model on all pictures")
-        run.seed(options.epochs)
-        return model, report(run, model, splits)
+        run.seed(num_epochs)
+        return model, report(run, writer, model, splits)
 
 
-@one_line_errors()
+@dataclass(frozen=True)
+class Command:
+    """Train a variational autoencoder, as in the post or as the options say."""
+
+    experiment: tyro.conf.OmitArgPrefixes[Options] = Options()
+    preset: Literal["post", "best"] = "post"  # what the options start from
+    log_dir: Path = ROOT / "vae" / "runs"  # folder of all runs
+    run_name: str = ""  # folder of this run; if none is given: date, time and data set
+    resume: str = ""  # go on with a run: its name or its folder
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says, and say how good the model is."""
-    command = read_command_line(__doc__, arguments)
-    experiment = prepare(command)
-    if experiment is None:
-        return  # The run to resume is finished, which has been said.
-    options, splits, folder = experiment
-    _, metrics = train(options, splits, folder, command.start)
-    print(summary(metrics, folder, splits.fallback))
+    with one_line_errors():
+        command = tyro.cli(Command, args=arguments, prog="vae_training.py")
+        options, resume = command.experiment, bool(command.resume)
+        folder = new_folder(command.log_dir, command.run_name, options)
+        if resume:
+            folder = command.log_dir / command.resume
+            folder = folder if folder.is_dir() else Path(command.resume)
+        if resume or command.preset == "best":  # read once more, with other defaults
+            start = Options(**saved_options(folder)) if resume else BEST
+            default = Command(start)
+            options = tyro.cli(Command, args=arguments, prog="vae_training.py", default=default)
+            options = options.experiment
+        if resume and is_finished(folder, options.epochs):
+            print(f"{folder} is finished: {options.epochs} epochs. A larger --epochs goes on.")
+            return
+        _, metrics = train(options, folder, resume)
+        print(summary(metrics, folder))
 
 
 if __name__ == "__main__":

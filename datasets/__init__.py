@@ -1,1 +1,99 @@
-"""The pictures that the model learns: Oxford Flowers102, and synthetic flowers in its place."""
+"""The pictures that the model learns: every data set is a class like torchvision's."""
+
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.error import URLError
+
+from torchvision.datasets import DTD, Flowers102
+
+from datasets.folder import PictureFolder
+from datasets.preprocessing import UserError
+from datasets.synthetic import SyntheticFlowers
+
+# Each takes (root, split, transform, download), with the splits "train", "val" and "test", as most
+# of torchvision's do. A data set of your own is one more entry.
+DATASETS: dict[str, Callable[..., Any]] = {
+    "flowers102": Flowers102,
+    "dtd": DTD,
+    "synthetic": SyntheticFlowers,
+}
+TIMEOUT = 10.0  # seconds for which a server may be silent
+
+
+def choose_dataset(name: str, root: Path | str) -> tuple[str, str]:
+    """Return which data set ``"auto"`` stands for, and why if it is not the photographs.
+
+    It is Flowers102 if that is in ``root`` or its server can be reached, else the synthetic
+    flowers. Any other name stays as it is.
+    """
+    if name != "auto":
+        return name, ""
+    try:
+        find_dataset("flowers102", root)
+    except ConnectionError as error:
+        return "synthetic", str(error)
+    return "flowers102", ""
+
+
+def find_dataset(name: str, root: Path | str) -> Callable[..., Any]:
+    """Return a data set, to be called with ``split`` and ``transform``.
+
+    Args:
+        name: one of ``DATASETS``, or a folder of pictures.
+        root: the folder that holds the data set, or to which it is downloaded.
+
+    Raises:
+        UserError: for a name that is neither, or a folder without enough pictures.
+        ConnectionError: if the data set is missing and cannot be downloaded.
+        OSError: if it cannot be written to ``root``.
+    """
+    if name not in DATASETS:
+        if not Path(name).expanduser().is_dir():
+            names = ", ".join(DATASETS)
+            raise UserError(f"--dataset is {name}: a folder of pictures, auto or one of {names}")
+        return partial(PictureFolder, Path(name).expanduser())
+    root = Path(root).expanduser()
+    dataset = partial(DATASETS[name], root=root)
+    try:
+        dataset(split="train")
+    except RuntimeError as error:
+        if "download" not in str(error):  # which all of torchvision's say where files are missing
+            raise
+        download(name, root)
+        dataset(split="train")
+    return dataset
+
+
+def download(name: str, root: Path) -> None:
+    """Let torchvision download a data set beside ``root``'s content, and move it in when complete.
+
+    What is raised is as in ``find_dataset``.
+    """
+    print(f"Downloading {name} to {root}", file=sys.stderr)
+    root.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        with TemporaryDirectory(prefix=".downloading-", dir=root) as folder:
+            DATASETS[name](root=Path(folder), split="train", download=True)
+            for path in Path(folder).iterdir():
+                if (root / path.name).exists():
+                    taken = f"{root / path.name} is there, but incomplete or damaged"
+                    raise UserError(f"{taken}: move it away, or give another --data-root")
+                shutil.move(path, root / path.name)
+    except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
+        advice = "give the folder that holds it to --data-root, or take --dataset synthetic"
+        raise ConnectionError(
+            f"{name} is not in {root} and its server cannot be reached ({error}): {advice}"
+        ) from None
+    except RuntimeError as error:  # torchvision's, for another checksum than it knows
+        raise UserError(f"the download of {name} is damaged ({error}): try again") from None
+    finally:
+        socket.setdefaulttimeout(before)

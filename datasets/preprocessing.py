@@ -1,53 +1,57 @@
-"""From image files to tensors: decode every picture once, in parallel, and keep the result."""
+"""From pictures to tensors: read any picture, keep a whole data set in memory, change a batch."""
 
 import hashlib
+import math
 import os
+import pickle
+import pickletools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
 import torch
+import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import functional
+from torch.utils.data import Dataset
 from tqdm.contrib.concurrent import thread_map
 
 CACHE_FOLDER = Path(__file__).parent / "cache"
 
-
-@contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
-    """Open an image file; whatever goes wrong while it is open is a ValueError with its name."""
-    try:
-        # Opening a FIFO would wait for somebody to write to it, and a device need not end.
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except Exception as error:  # Pillow raises almost anything for a damaged file
-        reason = "too little memory is free" if isinstance(error, MemoryError) else error
-        raise ValueError(f"{path} cannot be read as a picture: {reason}") from None
+# How far ``augment`` goes, chosen on the validation split; 0 switches a change off.
+SHIFT = 0.09  # largest shift each way, in heights and widths of the picture
+ROTATION = 25.0  # largest rotation each way, in degrees
+ZOOM = 0.25  # largest zoom in and out, as a share: 1 / 1.25 to 1.25
+COLOUR = 0.3  # largest change of a colour channel's brightness, as a share: 0.7 to 1.3
 
 
-def read_photograph(
-    path: Path, image_resolution: tuple[int, int], centre_crop: bool = False
-) -> Tensor:
-    """Read a user's photograph of any size and kind: [1, 3, height, width] float32 in [0, 1].
+class UserError(ValueError):
+    """What the user has to change: one line says what was given, what is needed, what to do."""
 
-    It is squeezed into ``image_resolution`` as the training pictures are or, with ``centre_crop``,
-    loses what stands over. EXIF data turn it upright, and what is transparent becomes white.
+
+class DamagedPicture(UserError):
+    """A picture that cannot be read. ``InMemory`` names it in a warning and leaves it out."""
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Read a picture of any size and kind that Pillow reads, as RGB.
+
+    EXIF data turn it upright, what is transparent becomes white, 16 bits become 8. iPhone's HEIC
+    is read where the package ``pillow-heif`` is installed.
+
+    Raises:
+        DamagedPicture: if it is missing or cannot be read; the message has its name.
     """
-    with warnings.catch_warnings():
-        # Pillow warns of odd metadata, and of over 89 million pixels, which still fit in memory.
-        warnings.filterwarnings("ignore", module="PIL")
-        with open_picture(path) as opened:
+    read_heic()
+    try:
+        with warnings.catch_warnings(), Image.open(path) as opened:
+            # Pillow warns of odd metadata, and of over 89 million pixels, which still fit.
+            warnings.filterwarnings("ignore", module="PIL")
             image = ImageOps.exif_transpose(opened)
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers; save it as PNG or JPEG")
@@ -57,78 +61,206 @@ def read_photograph(
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
-            image = image.convert("RGB")
-            if centre_crop:
-                image = ImageOps.fit(image, image_resolution[::-1], Image.Resampling.BILINEAR)
-            return functional.to_tensor(functional.resize(image, list(image_resolution)))[None]
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise DamagedPicture(f"{path} does not exist") from None
+    except Exception as error:  # Pillow raises almost anything for a damaged file
+        reason = str(error)
+        if Path(path).suffix.lower() in (".heic", ".heif") and not read_heic():
+            reason = "HEIC pictures need the package pillow-heif: pip install pillow-heif"
+        raise DamagedPicture(f"{path} cannot be read as a picture: {reason}") from None
 
 
-def decode_pictures(
-    paths: Sequence[Path], image_resolution: tuple[int, int], caption: str | None = None
-) -> np.ndarray:
-    """Decode and resize pictures as torchvision's ``Resize`` does: [n, height, width, 3] uint8.
-
-    ``ToTensor`` of one is bit for bit what the post's transformation pipeline gives.
-    """
-    pixels = np.empty((len(paths), *image_resolution, 3), dtype=np.uint8)
-
-    def decode(number: int) -> None:
-        with open_picture(paths[number]) as image:
-            pixels[number] = functional.resize(image.convert("RGB"), list(image_resolution))
-
-    map_in_parallel(decode, range(len(paths)), caption)
-    return pixels
-
-
-def map_in_parallel(
-    function: Callable[[Any], Any], items: Sequence[Any], caption: str | None, unit: str = "picture"
-) -> list[Any]:
-    """Return ``function`` of each item; it runs on all cores, and the first error stops the rest.
-
-    Threads are enough: Pillow and NumPy let go of the interpreter's lock while they work. A
-    ``caption`` goes to stderr, with a progress bar in ``unit`` below it on terminals.
-    """
-    if caption:
-        print(caption, file=sys.stderr)
-    return thread_map(function, items, unit=unit, disable=None if caption else True, leave=False)
-
-
-def fingerprint(paths: Sequence[Path]) -> str:
-    """Return what identifies decoded pictures: their files, Pillow's version and this module."""
-    state = hashlib.sha256(PIL.__version__.encode() + Path(__file__).read_bytes())
-    for path in paths:
-        status = path.stat() if path.exists() else os.stat_result([0] * 10)
-        state.update(repr((path.absolute(), status.st_size, status.st_mtime_ns)).encode())
-    return state.hexdigest()
-
-
-def compute_once(name: str, key: str, compute: Callable[[], np.ndarray]) -> Tensor:
-    """Return ``compute()`` as a tensor, from the file that an earlier call kept where there is one.
-
-    A kept file that is damaged is made again, and one of the same name and another key (see
-    ``fingerprint``) makes room. A ``CACHE_FOLDER`` that cannot be written to costs a warning and
-    the time of the next run.
-    """
-    path = CACHE_FOLDER / f"{name}-{key}.npz"
+def read_heic() -> bool:
+    """Let Pillow read HEIC, if ``pillow-heif`` is installed; return whether it is."""
     try:
-        if path.is_file():
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+class InMemory(Dataset):
+    """A data set whose pictures are read once, and stay in memory and on disk as bytes.
+
+    It takes any data set like torchvision's, of pairs (image, label) with the image a float tensor
+    [channels, height, width] in [0, 1], as ``ToTensor`` makes it, and gives the same pairs back:
+    bit for bit for 8-bit pictures, rounded to 8 bits otherwise. What is random in its transform is
+    drawn once and stays; random changes belong behind the ``DataLoader`` (see ``augment``).
+
+    Pictures are kept in ``datasets/cache/`` for the next run, unless their data set cannot be
+    pickled or is defined in a notebook, where it may change unnoticed.
+
+    Args:
+        dataset: the data set. Its own ``classes``, if it has them, name the labels.
+        progress: show a progress bar on terminals.
+
+    Raises:
+        UserError: if there are no pictures, or they differ in shape, or are not in [0, 1].
+    """
+
+    def __init__(self, dataset: Any, progress: bool = True) -> None:
+        self.classes = getattr(dataset, "classes", None)
+        self.name, self.progress = type(dataset).__name__, progress
+        key = fingerprint(dataset)
+        path = CACHE_FOLDER / f"{self.name}-{getattr(dataset, '_split', '')}-{key}.npz"
+        if not (key and self._load(path)):
+            self._read(dataset)
+            if key:
+                self._keep(path)
+        for message in self.left_out:
+            print(f"warning: {message}: it is left out", file=sys.stderr)
+        if not len(self):
+            raise UserError(f"{self.name} has no pictures that can be read: at least one is needed")
+
+    def _read(self, dataset: Any) -> None:
+        """Read all pictures, in threads: Pillow lets go of the interpreter's lock meanwhile."""
+        self.pixels, self.left_out = torch.empty(0, 0, 0, 0, dtype=torch.uint8), []
+        labels: list[Any] = [None] * len(dataset)
+        read = [False] * len(dataset)
+
+        def read_one(i: int) -> None:
+            try:
+                image, label = dataset[i]
+            except DamagedPicture as error:
+                self.left_out.append(str(error))
+                return
+            if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
+                raise UserError(
+                    f"picture {i} of {self.name} is no float tensor [channels, height, width]: its "
+                    "transform needs to end with ToTensor()"
+                )
+            if not 0 <= image.min() <= image.max() <= 1:
+                raise UserError(f"picture {i} of {self.name} has values outside of [0, 1]")
+            values = image.mul(255).round_().byte().movedim(0, -1)
+            if not self.pixels.shape[1]:
+                self.pixels = torch.empty(len(dataset), *values.shape, dtype=torch.uint8)
+            if values.shape != self.pixels.shape[1:]:
+                raise UserError(
+                    f"picture {i} of {self.name} has height, width and channels "
+                    f"{list(values.shape)}, others {list(self.pixels.shape[1:])}: the transform "
+                    "needs to make them alike"
+                )
+            self.pixels[i], labels[i], read[i] = values, label, True
+
+        first = 0
+        while first < len(dataset) and not self.pixels.shape[1]:  # one tells the shape of all
+            read_one(first)
+            first += 1
+        if self.progress:
+            print(f"Reading {len(dataset):,} pictures of {self.name}", file=sys.stderr)
+        bar = {"unit": "picture", "leave": False, "disable": None if self.progress else True}
+        try:
+            thread_map(read_one, range(first, len(dataset)), **bar)
+        except OSError as error:
+            raise UserError(f"a picture of {self.name} cannot be read: {error}") from None
+        self.pixels = self.pixels[torch.tensor(read)] if not all(read) else self.pixels
+        self.labels = [label for label, there in zip(labels, read, strict=True) if there]
+
+    def _load(self, path: Path) -> bool:
+        """Take the pictures that an earlier run kept; return whether that could be done."""
+        try:
             with np.load(path) as kept:
-                # What is not compressed is no zip bomb; NumPy alone may stop before the checksum.
-                if any(part.compress_type for part in kept.zip.infolist()) or kept.zip.testzip():
-                    raise ValueError("compressed, or a checksum is wrong")
-                return torch.from_numpy(kept["pixels"])
-    except Exception as error:  # NumPy's zip reader raises almost anything for a damaged file
-        warnings.warn(f"{path} is damaged and made again ({type(error).__name__})", stacklevel=2)
-    pixels = compute()
-    temporary = path.with_suffix(f".{os.getpid()}.npz")
+                self.pixels = torch.from_numpy(kept["pixels"])
+                self.labels, self.left_out = kept["labels"].tolist(), kept["left_out"].tolist()
+            return True
+        except FileNotFoundError:
+            return False
+        except Exception as error:  # NumPy's zip reader raises almost anything for a damaged file
+            print(f"warning: {path} is damaged and made again ({error})", file=sys.stderr)
+            return False
+
+    def _keep(self, path: Path) -> None:
+        """Keep the pictures for the next run, in place of those of an earlier key."""
+        labels = np.array(self.labels)
+        if labels.dtype == object or labels.tolist() != self.labels:
+            return  # Only plain numbers and texts come back as they were.
+        temporary = path.with_suffix(f".{os.getpid()}.npz")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(temporary, pixels=self.pixels.numpy(), labels=labels, left_out=self.left_out)
+            temporary.replace(path)
+        except OSError as error:
+            print(f"warning: pictures are not kept for the next run: {error}", file=sys.stderr)
+            temporary.unlink(missing_ok=True)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape of each picture: channels, height, width."""
+        height, width, channels = self.pixels.shape[1:]
+        return channels, height, width
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        """Return an image, [channels, height, width] in [0, 1], and its label."""
+        return self.images(slice(index, index + 1 or None))[0], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Any]]:
+        """Return several pairs at once: what a ``DataLoader`` asks for, one batch at a time."""
+        labels = [self.labels[index] for index in indices]
+        return list(zip(self.images(torch.tensor(indices)), labels, strict=True))
+
+    def images(self, index: slice | Tensor) -> Tensor:
+        """Return several images, [n, channels, height, width] in [0, 1], channels last."""
+        return self.pixels[index].movedim(-1, -3).float().div_(255)
+
+    def batches(self, size: int = 64) -> Iterator[Tensor]:
+        """Yield all images in order, [batch, channels, height, width]."""
+        for start in range(0, len(self), size):
+            yield self.images(slice(start, start + size))
+
+
+def fingerprint(dataset: Any) -> str:
+    """Return what identifies a data set's pictures, or "" where nothing does.
+
+    That is its pickle (parameters, names of files, transform), the code of each module that the
+    pickle names, the sizes and times of its files, and the versions of what decodes them.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, pixels=pixels)
-        temporary.replace(path)
-    except OSError as error:
-        if not path.is_file():  # Where it is, another run was faster with the same pictures.
-            warnings.warn(f"decoded pictures are not kept for the next run: {error}", stacklevel=2)
-    with suppress(OSError):  # Files of other keys go, and what killed and failed runs left.
-        for outdated in set(path.parent.glob(f"{name}-*")) - {path}:
-            outdated.unlink()
-    return torch.from_numpy(pixels)
+        pickled = pickle.dumps(dataset)
+    except Exception:  # pickle raises almost anything for what it cannot take, such as a lambda
+        return ""
+    state = hashlib.sha256(f"{PIL.__version__} {torchvision.__version__}".encode() + pickled)
+    names = {argument for _, argument, _ in pickletools.genops(pickled)}
+    for name in sorted(name for name in names if isinstance(name, str) and name in sys.modules):
+        file = getattr(sys.modules[name], "__file__", None)
+        if name == "__main__" and not file:
+            return ""
+        if file and file.endswith(".py"):
+            state.update(Path(file).read_bytes())
+    for values in vars(dataset).values():
+        for value in values if isinstance(values, list) else ():
+            path = value[0] if isinstance(value, tuple) and value else value
+            if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
+                status = os.stat(path)
+                state.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+    return state.hexdigest()[:32]
+
+
+def augment(images: Tensor) -> Tensor:
+    """Mirror half of the images, and shift, rotate, zoom and tint each, all at random.
+
+    Images are [batch, channels, height, width] in [0, 1], before and after (then channels last in
+    memory); what moves in from outside repeats the border.
+    """
+    batch, channels, height, width = images.shape
+    draws = 2 * torch.rand(batch, 5 + channels, dtype=images.dtype, device=images.device) - 1
+    side, right, down, turn, scale = draws[:, :5].unbind(1)
+    mirror = torch.where(side < 0, -1, 1)
+    angle, zoom = math.radians(ROTATION) * turn, (1 + ZOOM) ** scale
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    # Where in the old image each place of the new one lies; both coordinates go from -1 to 1.
+    x = [mirror * cos, -sin * height / width, 2 * SHIFT * right]
+    y = [mirror * sin * width / height, cos, 2 * SHIFT * down]
+    matrices = torch.stack(x + y, dim=1).view(batch, 2, 3)
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    # Up to the centres of the outer pixels: padding_mode="border" is not there on every device.
+    edge = 1 - 1 / torch.tensor([width, height], dtype=grid.dtype, device=grid.device)
+    moved = F.grid_sample(images, torch.clamp(grid, -edge, edge), align_corners=False)
+    colours = 1 + COLOUR * draws[:, 5:, None, None]
+    tinted = torch.empty_like(moved, memory_format=torch.channels_last)
+    return torch.mul(moved, colours, out=tinted).clamp_(0, 1)

@@ -5,9 +5,15 @@ ones that differ in petals, colours and centre. Each picture shows one flower wi
 tilt, light and background of its own.
 """
 
-import numpy as np
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-from datasets.preprocessing import map_in_parallel
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm.contrib.concurrent import thread_map
 
 SPLITS = ("train", "val", "test")
 _SEED = 102
@@ -51,22 +57,49 @@ def flower_labels(split: str) -> np.ndarray:
     return np.repeat(order, counts[split])
 
 
-def draw_flowers(
-    split: str, image_resolution: tuple[int, int] = (32, 32), caption: str | None = None
-) -> np.ndarray:
-    """Draw a split, [n, height, width, 3] uint8 (sRGB); the flowers are the same at each size."""
-    factors = _factors(split)
-    height, width = image_resolution
-    pictures = np.empty((len(factors["centre"]), height, width, 3), dtype=np.uint8)
-    chunk = max(1, 2**16 // (height * width))  # arrays of this size stay in the processor's cache
+class SyntheticFlowers(Dataset):
+    """Synthetic flowers, with the parameters of torchvision's ``Flowers102``.
 
-    def draw(start: int) -> None:
-        part = slice(start, start + chunk)
-        f = {name: values[part, None, None] for name, values in factors.items()}
-        pictures[part] = _draw(f, height, width)
+    They are drawn when the first one is asked for, ``side`` x ``side`` pixels each; ``root`` and
+    ``download`` mean nothing here.
+    """
 
-    map_in_parallel(draw, range(0, len(pictures), chunk), caption, f"x{chunk} pictures")
-    return pictures
+    classes = tuple(str(species) for species in range(102))
+
+    def __init__(
+        self,
+        root: Path | str = "",
+        split: str = "train",
+        transform: Callable[..., Any] | None = None,
+        download: bool = False,
+        side: int = 32,
+    ) -> None:
+        self._split, self.transform, self.side = split, transform, side
+        self._labels = flower_labels(split).tolist()
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return a picture as the transform makes it, and its species, 0 to 101."""
+        image = Image.fromarray(self._pictures[index])
+        return self.transform(image) if self.transform else image, self._labels[index]
+
+    @cached_property
+    def _pictures(self) -> np.ndarray:
+        """Draw the split, [n, side, side, 3] uint8 (sRGB), in threads."""
+        factors = _factors(self._split)
+        pictures = np.empty((len(self), self.side, self.side, 3), dtype=np.uint8)
+        chunk = max(1, 2**16 // self.side**2)  # arrays of this size stay in the processor's cache
+
+        def draw(start: int) -> None:
+            part = slice(start, start + chunk)
+            f = {name: values[part, None, None] for name, values in factors.items()}
+            pictures[part] = _draw(f, self.side, self.side)
+
+        thread_map(draw, range(0, len(self), chunk), disable=None, leave=False, desc="Drawing")
+        return pictures
 
 
 def _factors(split: str) -> dict[str, np.ndarray]:

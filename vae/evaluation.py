@@ -43,7 +43,9 @@ def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str,
     model.eval()
     sums: dict[str, Tensor] = {}
     count = 0
+    device = next(model.parameters()).device
     for x in batches:
+        x = x.to(device)
         reconstruction, mean, log_var = model(x)
         squared_error_mean = torch.square(x - model.decoder(mean)).sum(dim=(1, 2, 3))
         measured = {
@@ -158,6 +160,10 @@ def evaluate_samples(
           would be copies.
     """
     centre, directions = principal_components(test, 64)
+    device = next(model.parameters()).device
+
+    def reconstruct(images: Iterable[Tensor]) -> Iterator[Tensor]:
+        return (model(x.to(device))[0].cpu() for x in images)
 
     def features(images: Iterable[Tensor]) -> Tensor:
         return torch.cat([(x.flatten(1) - centre) @ directions for x in images])
@@ -168,11 +174,11 @@ def evaluate_samples(
         return torch.stack(distances).amin(dim=0).square().mean().item()
 
     def decode(distribution: MultivariateNormal, count: int) -> Iterator[Tensor]:
-        return (model.decoder(z) for z in distribution.sample((count,)).split(64))
+        return (model.decoder(z).cpu() for z in distribution.sample((count,)).split(64))
 
     images = features(test())
     drawn = {
-        "reconstructions": (model(x)[0] for x in test()),
+        "reconstructions": reconstruct(test()),
         "fitted": decode(latents, len(images)),
         "prior": decode(prior(model), len(images)),
     }
@@ -180,7 +186,7 @@ def evaluate_samples(
         "frechet": {name: frechet_distance(features(each), images) for name, each in drawn.items()},
         "nearest": {
             "samples": nearest(decode(latents, 1000)),
-            "test": nearest(model(x)[0] for x in islice(test(), 16)),
-            "train": nearest(model(x)[0] for x in islice(train(), 16)),
+            "test": nearest(reconstruct(islice(test(), 16))),
+            "train": nearest(reconstruct(islice(train(), 16))),
         },
     }

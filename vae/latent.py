@@ -26,7 +26,9 @@ def fit_latents(model: VAE, images: Iterable[Tensor]) -> MultivariateNormal:
     estimation", section 4). The model is in ``eval()`` mode, each batch of ``images``
     [batch, channels, height, width] in [0, 1].
     """
-    means, log_vars = map(torch.cat, zip(*(model.encoder(x) for x in images), strict=True))
+    device = next(model.parameters()).device
+    encoded = (model.encoder(x.to(device)) for x in images)
+    means, log_vars = map(torch.cat, zip(*encoded, strict=True))
     variances = log_vars.exp().mean(dim=0)
     covariance = means.T.cov(correction=0).view(2 * variances.shape) + variances.diag()
     # A posterior may have no width in some direction: this much more, and float32 can invert it.

@@ -1,0 +1,400 @@
+"""A run: its folder, lock, random numbers, Ctrl-C and checkpoint; what goes wrong in one line."""
+
+import builtins
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+from torch.optim import Optimizer
+
+from datasets import choose_dataset, find_dataset
+from datasets.preprocessing import InMemory, UserError
+from vae.vae import VAE
+
+# What may change when a run goes on: where it is computed, and how often it is saved.
+FREE = {"data_root", "device", "checkpoint_every"}
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop by a signal; its arguments are the signal's number and the folder.
+
+    The epoch is finished and saved.
+    """
+
+    def __str__(self) -> str:
+        """Return what happened, and how the run goes on from Python."""
+        number, folder = self.args
+        again = "train(options, folder, resume=True) goes on"
+        return f"Stopped by {signal.Signals(number).name}; {again} with {folder}"
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End a program with one line and an exit status for what its user can change.
+
+    2 for a ``UserError``, 1 for what broke on the way (``OSError``, too little memory, a loss that
+    is not finite), 130 for Ctrl-C. Everything else keeps its traceback.
+    """
+    try:
+        yield
+    except UserError as error:
+        end(2, f"error: {error}")
+    except (FloatingPointError, OSError) as error:
+        end(1, f"error: {error}")
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        end(1, f"error: too little memory, take a smaller model or batch ({first_line(error)})")
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # PyTorch has no class for it
+            raise
+        end(1, f"error: too little memory, take a smaller model or batch ({first_line(error)})")
+    except Stopped as stopped:
+        number, folder = stopped.args
+        line = f"Stopped by {signal.Signals(number).name}."
+        if (folder / "checkpoint.pt").exists():
+            line += f" Go on with:\n{command_line('--resume', str(folder.absolute()))}"
+        end(128 + number, line)
+    except KeyboardInterrupt:
+        end(130, "Stopped")
+
+
+def end(status: int, line: str) -> None:
+    """Print a program's last line and exit."""
+    print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def command_line(*arguments: str) -> str:
+    """Return this script's command with other arguments, as it works where it is printed."""
+    if getattr(builtins, "__IPYTHON__", False):
+        return f"%run {quote([sys.argv[0], *arguments])}"
+    return quote([sys.executable, sys.argv[0], *arguments])
+
+
+def quote(words: list[str]) -> str:
+    """Return a command as the shell of this system reads it."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's message without what PyTorch adds below its first line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class Run(ExitStack):
+    """A run's folder, open for training: ``with Run(options, folder) as run:``.
+
+    Inside the block nobody else writes to the folder, PyTorch's random numbers are the run's own
+    (the caller's go on afterwards as if nothing had been drawn), and a signal waits for the end of
+    the epoch; a second one stops at once.
+
+    Args:
+        options: a data class with the experiment's settings, as in ``vae_training.py``.
+        folder: is made if it is missing; a new run needs it empty.
+        resume: go on with the run in ``folder``.
+
+    Raises:
+        UserError: if folder and options do not fit, or another run is writing there.
+    """
+
+    def __init__(self, options: Any, folder: Path | str, resume: bool = False) -> None:
+        super().__init__()
+        self.folder, self.resume = Path(folder), resume
+        dataset, self.fallback = choose_dataset(options.dataset, options.data_root)
+        self.options = replace(options, dataset=dataset)
+        if self.fallback:
+            print(f"warning: {self.fallback}. Training on SYNTHETIC flowers", file=sys.stderr)
+        self.dataset = find_dataset(dataset, options.data_root)
+        self.device = find_device(options.device)
+        self.place = f"{self.device.type} (threads: {torch.get_num_threads()}, torch "
+        self.place += f"{torch.__version__})"
+        self.started, self.stop_requested, self.in_epoch = time.perf_counter(), 0, False
+
+    def __enter__(self) -> "Run":
+        """Take the folder, the random numbers and the signals."""
+        super().__enter__()
+        with ExitStack() as undo:
+            undo.push(self.__exit__)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            check_folder(self.folder, self.resume)
+            try:
+                self.enter_context(FileLock(self.folder / ".lock", timeout=0))
+            except Timeout:
+                raise UserError(f"another run is writing to {self.folder}: wait for it") from None
+            check_folder(self.folder, self.resume)
+            self.enter_context(own_random_numbers(self.device))
+            torch.manual_seed(self.options.seed)  # the same first weights for the same seed
+            # Signals reach only a program's main thread.
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    self.callback(signal.signal, number, signal.signal(number, self.on_signal))
+            # Once 32 MB have been freed, glibc keeps a step's memory for the next: no page faults.
+            torch.empty(2**25 - 2**13, dtype=torch.uint8)
+            undo.pop_all()
+        return self
+
+    def on_signal(self, number: int, _: Any) -> None:
+        """Note a signal for the end of the epoch; stop at once outside of one, or at a second."""
+        if not self.in_epoch or self.stop_requested:
+            raise Stopped(number, self.folder)
+        self.stop_requested = number
+
+    def seed(self, epoch: int) -> None:
+        """Let all random numbers from here on follow from the run's seed and the epoch alone."""
+        # NumPy's hash of the two: PyTorch's generator on the CPU takes 32 bits of a seed.
+        mixed = np.random.SeedSequence((self.options.seed, 1 + epoch)).generate_state(1)
+        torch.manual_seed(int(mixed[0]))
+
+    def beta_at(self, epoch: int) -> float:
+        """Return the weight of the KL divergence in an epoch, counted from 0."""
+        options = self.options
+        if options.beta_schedule == "linear":  # up from 0 in the warm-up (Bowman et al. 2016)
+            return options.beta * min(1.0, epoch / max(1, options.warmup_epochs))
+        if options.beta_schedule == "cyclical":  # in each cycle's first half (Fu et al. 2019)
+            place = epoch * options.cycles % options.epochs / options.epochs
+            return options.beta * min(1.0, 2 * place)
+        return options.beta
+
+    def learning_rate_at(self, epoch: int) -> float:
+        """Return Adam's learning rate in an epoch, counted from 0."""
+        options = self.options
+        if options.lr_schedule == "cosine":
+            return options.learning_rate * 0.5 * (1 + math.cos(math.pi * epoch / options.epochs))
+        return options.learning_rate
+
+    def begin(self, model: VAE, optimiser: Optimizer, *splits: InMemory) -> int:
+        """Take up the checkpoint of a run to resume; return the epoch to begin or go on with."""
+        self.pictures = 0
+        for split in splits:
+            self.pictures = zlib.crc32(split.pixels.numpy().data, self.pictures)
+        channels, height, width = splits[0].image_shape
+        self.config = asdict(self.options)
+        self.config |= {"image_resolution": [height, width], "image_channels": channels}
+        epoch = self.restore(model, optimiser) if self.resume else 0
+        self.in_epoch = epoch < self.options.epochs
+        return epoch
+
+    def save(self, model: VAE, optimiser: Optimizer, epoch: int) -> None:
+        """Write a checkpoint if it is due after so many epochs; stop if a signal asked for it."""
+        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+            what = f"loss or weights are no longer finite in epoch {epoch - 1}"
+            raise FloatingPointError(
+                f"{what}: lower --learning-rate. The last good checkpoint is in {self.folder}"
+            )
+        self.in_epoch = epoch < self.options.epochs
+        stop = self.stop_requested  # read once: a signal may come between two looks
+        if stop or not self.in_epoch or epoch % self.options.checkpoint_every == 0:
+            checkpoint = {
+                "model": model.state_dict(),
+                "config": self.config,
+                "optimiser": optimiser.state_dict()["state"],
+                "epoch": epoch,
+                "seconds": time.perf_counter() - self.started,
+                "place": self.place,
+                "pictures": self.pictures,
+            }
+            save_checkpoint(checkpoint, self.folder / "checkpoint.pt")
+        if stop:
+            raise Stopped(stop, self.folder)
+
+    def restore(self, model: VAE, optimiser: Optimizer) -> int:
+        """Take up model and optimiser from the checkpoint; return the epoch to go on with."""
+        path = self.folder / "checkpoint.pt"
+        checkpoint = load_checkpoint(path)
+        check_same_experiment(checkpoint["config"], self.options)
+        if checkpoint.get("pictures") != self.pictures:
+            raise UserError("the run began with other pictures than are there now: it cannot go on")
+        with named(path):
+            epoch, state = checkpoint["epoch"], checkpoint["optimiser"]
+            if epoch not in range(self.options.epochs + 1):
+                raise ValueError(f"its epoch is {epoch!r}")
+            # Adam trusts what it is given: moments of another size would crash Python.
+            for index, weight in enumerate(model.parameters()):
+                like = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
+                for name, own in like.items():
+                    check_tensor(state[index][name], own, f"the optimiser's {name}")
+                    # In the memory format of the weight, as Adam's kernel expects it.
+                    state[index][name] = torch.empty_like(own.detach()).copy_(state[index][name])
+            load_weights(model, checkpoint["model"])
+            optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
+            self.started -= checkpoint["seconds"]
+        if checkpoint["place"] != self.place:
+            moved = f"the run was on {checkpoint['place']} and is now on {self.place}"
+            print(f"warning: {moved}: no longer bit for bit the uninterrupted run", file=sys.stderr)
+        return epoch
+
+
+def new_folder(log_dir: Path, name: str, options: Any) -> Path:
+    """Return the folder of a new run: of that name, else date and time and the data set."""
+    dataset = "" if options.dataset in ("auto", "flowers102") else Path(options.dataset).name
+    now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{dataset}"
+    return log_dir / (name or re.sub(r"[^\w-]+", "-", now).strip("-"))
+
+
+def saved_options(folder: Path) -> dict[str, Any]:
+    """Return the options of the run in ``folder``."""
+    config = load_checkpoint(folder / "checkpoint.pt")["config"]
+    return {name: config[name] for name in config.keys() - {"image_resolution", "image_channels"}}
+
+
+def is_finished(folder: Path, epochs: int) -> bool:
+    """Return whether the run in ``folder`` has had so many epochs, and its report."""
+    checkpoint = load_checkpoint(folder / "checkpoint.pt")
+    return checkpoint.get("epoch") == epochs and "latents" in checkpoint
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Raise ``UserError`` unless a run can begin, or go on, in ``folder``."""
+    content = {path.name for path in folder.iterdir()}
+    if resume and "checkpoint.pt" not in content:
+        raise UserError(f"{folder} has no checkpoint.pt: give the folder of a run")
+    # A run that ended before its first checkpoint has left its lock and TensorBoard's first file.
+    rest = {name for name in content if not name.startswith(("events.out.tfevents.", "loss_"))}
+    if not resume and ("checkpoint.pt" in content or rest - {".lock"}):
+        raise UserError(f"{folder} is not empty: give another --run-name, or --resume a run")
+
+
+def check_same_experiment(config: dict[str, Any], options: Any) -> None:
+    """Raise ``UserError`` unless ``options`` go on with the experiment of a checkpoint."""
+    constant = options.beta_schedule == options.lr_schedule == "constant"
+    more = constant and options.epochs >= config.get("epochs", 0)
+    changes = [
+        f"--{each.name.replace('_', '-')} {getattr(options, each.name)} (the run has {before})"
+        for each in fields(options)
+        if (before := config.get(each.name)) != getattr(options, each.name)
+        and each.name not in FREE | ({"epochs"} if more else set())
+    ]
+    if changes:
+        raise UserError(
+            f"a resumed run stays the same experiment: leave out {', '.join(changes)} "
+            "(--epochs may grow where both schedules are constant)"
+        )
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name, or refuse; ``"auto"`` is the accelerator, else the CPU."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device {name} is not available here: {first_line(error)}") from None
+    return torch.device(name)
+
+
+def own_random_numbers(device: torch.device) -> Any:
+    """Return a context after which PyTorch's random numbers go on as if none had been drawn."""
+    own = [] if device.type == "cpu" else [device.index or 0]
+    return torch.random.fork_rng(own, device_type="cuda" if device.type == "cpu" else device.type)
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that takes the place of ``path`` once the block has ended well.
+
+    Whoever reads ``path`` meanwhile sees the old file or the new one, never half of one; after an
+    error the old one is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write tensors and plain values to ``path``, whole or not at all."""
+    with replace_atomically(path) as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; only tensors and plain values, so that it can run no code.
+
+    ``UserError`` if it is missing, damaged, or not a checkpoint of this model.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: a checkpoint.pt of a run is needed")
+    with named(path):
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # PyTorch does not look at the checksums
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(checkpoint[part], dict) for part in ("model", "config")):
+            raise ValueError("its 'model' and 'config' are not dictionaries")
+    return checkpoint
+
+
+def load_model(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[VAE, dict[str, Any], MultivariateNormal | None]:
+    """Rebuild the model that a checkpoint holds, ready for inference.
+
+    It comes with its config and the fitted distribution of its latents (None before a run's end).
+    What is raised is as in ``load_checkpoint``.
+    """
+    checkpoint = load_checkpoint(path)
+    config, latents = checkpoint["config"], checkpoint.get("latents")
+    with named(path):
+        model = VAE(
+            image_resolution=tuple(config["image_resolution"]),
+            latent_size=config["latent_size"],
+            image_channels=config["image_channels"],
+            batch_norm=config["batch_norm"],
+        )
+        load_weights(model, checkpoint["model"])
+        if latents:
+            mean = torch.empty(model.latent_size)
+            check_tensor(latents["mean"], mean, "the latents' mean")
+            check_tensor(latents["covariance"], mean.outer(mean), "the latents' covariance")
+            parts = (latents[part].to(device) for part in ("mean", "covariance"))
+            latents = MultivariateNormal(*parts)
+    return model.to(device).eval(), config, latents
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give ``model`` the weights of a checkpoint; ``ValueError`` for what does not fit it."""
+    for name, own in model.state_dict().items():
+        check_tensor(weights.get(name), own, name)
+    model.load_state_dict(weights)
+
+
+def check_tensor(value: Any, own: Tensor, name: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite tensor of the shape and type of ``own``."""
+    fits = isinstance(value, Tensor) and (value.shape, value.dtype) == (own.shape, own.dtype)
+    if not (fits and value.isfinite().all()):
+        raise ValueError(f"{name} is missing, of another shape or type, or not finite")
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a strange checkpoint into a ``UserError`` with its name."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # PyTorch's reader has no exception of its own
+        reason = first_line(error)
+        raise UserError(f"{path} is damaged, or no checkpoint of this model: {reason}") from None

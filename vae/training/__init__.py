@@ -1,1 +1,0 @@
-"""The machinery around the training loop: options, run folder, checkpoints and report."""
