@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from datasets.pictures import load_splits  # noqa: E402
-from vae.training.command_line import Parser, number  # noqa: E402
-from vae.training.options import PRESETS, Options, resumed_options  # noqa: E402
-from vae_training import train  # noqa: E402
+import tyro  # noqa: E402
+
+from datasets.preprocessing import UserError  # noqa: E402
+from vae.run import check_same_experiment, one_line_errors  # noqa: E402
+from vae_training import BEST, Options, train  # noqa: E402
 
 Runs = list[dict[str, Any]]  # the metrics of a setting's seeds
 
@@ -39,6 +41,7 @@ POST_500 = "the post, 500 epochs"
 SHOWN = (30, 200, 350, 500)  # epochs of that run whose pictures are shown, as in the post
 LINEAR = {"beta_schedule": "linear", "warmup_epochs": 100}
 COSINE = {"learning_rate": 1e-3, "lr_schedule": "cosine"}
+BEST_CHANGES = {k: v for k, v in vars(BEST).items() if v != getattr(Options, k, None)}
 # One change at a time from the post's setting.
 SETTINGS: dict[str, dict[str, Any]] = {
     "the post": {},
@@ -56,11 +59,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "learning rate 1e-3, cosine": COSINE,
     "learning rate 1e-3, cosine, augmentation": COSINE | {"augment": True},
     "64x64 pictures": {"image_size": 64},
-    "--preset best": PRESETS["best"],
+    "--preset best": BEST_CHANGES,
 }
 BETAS = (0.003, 0.01, 0.03, 0.3, 3.0)
 SIZES = (2, 5, 20, 50)
-SHORT_BEST = PRESETS["best"] | {"epochs": EPOCHS}
+SHORT_BEST = BEST_CHANGES | {"epochs": EPOCHS}
 # What the figures need beyond the table.
 CURVES = {f"beta {beta:g}": {"beta": beta} for beta in BETAS}
 CURVES |= {f"{size} dimensions": {"latent_size": size} for size in SIZES}
@@ -82,12 +85,9 @@ def train_setting(options: Options, folder: Path) -> dict[str, Any]:
     if (folder / "metrics.json").exists():
         metrics = json.loads((folder / "metrics.json").read_text())
         # A setting that has been edited since is another experiment: this says so.
-        resumed_options(metrics["config"], vars(options))
+        check_same_experiment(metrics["config"], options)
         return metrics
-    size = (options.image_size, options.image_size)
-    splits = load_splits(options.dataset, Path(options.data_root), size, progress=False)
-    start = "resume" if (folder / "checkpoint.pt").exists() else "overwrite"
-    _, metrics = train(options, splits, folder, start, progress=False)
+    _, metrics = train(options, folder, (folder / "checkpoint.pt").exists(), progress=False)
     print(f"{folder} is trained", flush=True)
     return metrics
 
@@ -103,7 +103,7 @@ def report(results: dict[str, Runs]) -> str:
     return f"""# The practical aspects, measured
 
 `{shlex.join(["python", *sys.argv])}`,
-{first["dataset"]}, {first["epochs"]} epochs (`--preset best`: {PRESETS["best"]["epochs"]}),
+{first["dataset"]}, {first["epochs"]} epochs (`--preset best`: {BEST.epochs}),
 {len(results["the post"])} seeds each (mean ± standard deviation), one thread a run; {versions}.
 
 - *Error*: squared error per picture, summed over its values, z sampled. PCA with
@@ -218,16 +218,23 @@ def plot_pictures(run: Path, figure: Figure) -> None:
             panel.set(xticks=[], yticks=[], title=f"{name}, epoch {epoch}")
 
 
+@dataclass(frozen=True)
+class Command:
+    """What the study is to do."""
+
+    seeds: int = 3  # runs of each setting
+    data_root: str = Options.data_root  # holds flowers-102
+    log_dir: Path = ROOT / "benchmarks" / "runs" / "practical_aspects"  # of all runs
+    output: Path = ROOT / "results"  # receives the table and the figures
+    processes: int = os.cpu_count() or 1  # runs at a time
+
+
 def main() -> None:
     """Train what is missing, then write the table and the figures."""
-    parser, count = Parser(description=__doc__), number(int, 1, 1000)
-    parser.add_argument("--seeds", type=count, default=3, help="runs of each setting (default: 3)")
-    parser.add_argument("--data-root", default=Options.data_root, help="holds flowers-102")
-    parser.add_argument("--log-dir", type=Path, help="default: benchmarks/runs/practical_aspects")
-    parser.add_argument("--output", type=Path, default=ROOT / "results", help="default: results/")
-    parser.add_argument("--processes", type=count, default=os.cpu_count(), help="runs at a time")
-    command = parser.parse_args()
-    log_dir = command.log_dir or ROOT / "benchmarks" / "runs" / "practical_aspects"
+    command = tyro.cli(Command, description=__doc__)
+    if min(command.seeds, command.processes) < 1:
+        raise UserError("--seeds and --processes need to be 1 or more")
+    log_dir = command.log_dir
     changes = {name: {"epochs": EPOCHS} | each for name, each in (SETTINGS | CURVES).items()}
     folders = {name: log_dir / re.sub(r"\W", "-", name) for name in changes}
     data = {"dataset": "flowers102", "data_root": command.data_root}
@@ -257,4 +264,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -30,12 +30,12 @@ from torchvision.utils import make_grid
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from datasets.pictures import Pictures, load_splits
+from datasets import find_dataset
+from datasets.preprocessing import InMemory
 from vae.losses import ELBOLoss
-from vae.training.command_line import Parser, one_line_errors
-from vae.training.options import Options
+from vae.run import one_line_errors
 from vae.vae import VAE
-from vae_training import train
+from vae_training import Options, train
 
 SIZE, ROUNDS, EPOCHS = (32, 32), 5, 11
 NOTES = "<!-- notes -->"

@@ -42,15 +42,16 @@ def choose_dataset(name: str, root: Path | str) -> tuple[str, str]:
     return "flowers102", ""
 
 
-def find_dataset(name: str, root: Path | str) -> Callable[..., Any]:
+def find_dataset(name: str, root: Path | str, fetch: bool = True) -> Callable[..., Any]:
     """Return a data set, to be called with ``split`` and ``transform``.
 
     Args:
         name: one of ``DATASETS``, or a folder of pictures.
         root: the folder that holds the data set, or to which it is downloaded.
+        fetch: download what is missing.
 
     Raises:
-        UserError: for a name that is neither, or a folder without enough pictures.
+        UserError: for a name that is neither, or a data set that is missing and not to be fetched.
         ConnectionError: if the data set is missing and cannot be downloaded.
         OSError: if it cannot be written to ``root``.
     """
@@ -66,6 +67,8 @@ def find_dataset(name: str, root: Path | str) -> Callable[..., Any]:
     except RuntimeError as error:
         if "download" not in str(error):  # which all of torchvision's say where files are missing
             raise
+        if not fetch:
+            raise UserError(f"{name} is not in {root}") from None
         download(name, root)
         dataset(split="train")
     return dataset

@@ -9,16 +9,19 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from torch.utils.data import Dataset
 from torchvision.datasets import Flowers102
+from torchvision.transforms import ToTensor
 
-from datasets import preprocessing
-from datasets.pictures import Pictures, Splits
+from datasets import DATASETS, preprocessing
+from datasets.preprocessing import InMemory
 
 SIZES = {"train": 20, "val": 6, "test": 34}
 
@@ -187,19 +190,37 @@ def no_server(flowers, monkeypatch) -> str:
     return url
 
 
-def make_splits(train: int = 20, val: int = 6, test: int = 34, size: int = 8) -> Splits:
-    """Return small splits of random pixels, the same at each call."""
-    generator = torch.Generator().manual_seed(0)
+class SmallPictures(Dataset):
+    """Random pictures of 8x8, the same at each call, in the form that torchvision has."""
 
-    def pictures(count: int) -> Pictures:
-        shape = (count, size, size, 3)
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        return Pictures(pixels, torch.arange(count) % 102)
+    sizes: ClassVar[dict[str, int]] = SIZES
 
-    return Splits(pictures(train), pictures(val), pictures(test), "synthetic", None)
+    def __init__(self, root="", split="train", transform=None, download=False) -> None:
+        self._split, self.transform = split, transform
+        self.pixels = np.random.default_rng(1 + len(split)).integers(
+            0, 256, (self.sizes[split], 8, 8, 3), np.uint8
+        )
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.fromarray(self.pixels[index])), index % 102
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_pictures() -> Iterator[None]:
+    """``--dataset small``: three batches of 8 in an epoch, the last one of 4."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASETS, "small", SmallPictures)
+        yield
 
 
 @pytest.fixture(scope="session")
-def splits() -> Splits:
-    """Small splits: three batches of 8 in an epoch, the last one of 4."""
-    return make_splits()
+def splits() -> tuple[InMemory, InMemory, InMemory]:
+    """The small pictures as training has them."""
+    train, val, test = (
+        InMemory(SmallPictures(split=split, transform=ToTensor()), progress=False)
+        for split in SIZES
+    )
+    return train, val, test

@@ -13,29 +13,26 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
-from datasets.pictures import Splits
-from vae.training.checkpoint import load_checkpoint
-from vae.training.options import Options
-from vae_training import train
+from vae.run import load_checkpoint
+from vae_training import Options, train
 
 ROOT = Path(__file__).parents[1]
 LOSSES = ("KL Loss", "Reconstruction Loss", "Total Loss")
 # With 20 training pictures, an epoch has three steps, the last one on 4 pictures.
-SMALL = {"image_size": 8, "latent_size": 2, "batch_size": 8, "epochs": 3, "device": "cpu"}
+SMALL = {"dataset": "small", "image_size": 8, "latent_size": 2, "batch_size": 8, "epochs": 3, "device": "cpu"}
 EVERYTHING = {
     **{"batch_norm": True, "augment": True, "likelihood": "sigma"},
     **{"beta_schedule": "linear", "warmup_epochs": 2, "lr_schedule": "cosine"},
 }
 
-# Functions that a run calls in each step, before its first epoch, and after its last one.
+# Functions that a run calls in each step, and after its last one.
 STEP = "vae.losses.ELBOLoss.forward"
-BEGIN = "vae.training.run.save_checkpoint"
-REPORT = "vae.training.report.pca_squared_error"
+REPORT = "vae.report.pca_squared_error"
 
 
-def train_small(folder: Path, splits: Splits, start: str = "new", **changes: Any) -> dict[str, Any]:
-    """Train on small splits and return the metrics."""
-    _, metrics = train(Options(**SMALL | changes), splits, folder, start, progress=False)
+def train_small(folder: Path, resume: bool = False, **changes: Any) -> dict[str, Any]:
+    """Train on the small pictures and return the metrics."""
+    _, metrics = train(Options(**SMALL | changes), folder, resume, progress=False)
     return metrics
 
 
