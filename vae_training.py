@@ -1,9 +1,8 @@
 """Train the post's variational autoencoder: ``python vae_training.py``."""
 
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +14,10 @@ from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from datasets import DATASETS
-from datasets.preprocessing import InMemory, UserError, augment
+from datasets.preprocessing import InMemory, augment
 from vae.losses import ELBOLoss
 from vae.report import opening, report, summary, write_validation
-from vae.run import Run, is_finished, new_folder, one_line_errors, saved_options
+from vae.run import Run, check_options, folder_of, one_line_errors, saved_options
 from vae.vae import VAE
 
 ROOT = Path(__file__).parent
@@ -54,17 +52,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ``UserError`` for a value that cannot be."""
-        one = ("latent_size", "cycles", "epochs", "batch_size", "checkpoint_every")
-        for name in (*one, "warmup_epochs", "seed", "beta", "learning_rate"):
-            given, low = getattr(self, name), int(name in one)
-            if not low <= given < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} is {given}: {low} or more is needed")
-        if self.image_size < 8 or self.image_size % 8:
-            raise UserError(f"--image-size is {self.image_size}: a multiple of 8 is needed")
-        # Whole paths, so that a run can be resumed from any folder.
-        object.__setattr__(self, "data_root", os.path.abspath(os.path.expanduser(self.data_root)))
-        if self.dataset not in (*DATASETS, "auto"):
-            object.__setattr__(self, "dataset", os.path.abspath(os.path.expanduser(self.dataset)))
+        check_options(self)
 
 
 # Chosen on the validation split; results/practical_aspects.md has what each part buys.
@@ -74,26 +62,18 @@ BEST = Options(epochs=1500, learning_rate=0.002, lr_schedule="cosine", augment=T
 def train(
     options: Options, folder: Path | str, resume: bool = False, progress: bool = True
 ) -> tuple[VAE, dict[str, Any]]:
-    """Run the post's training loop; return the model and the metrics of ``metrics.json``.
+    """Run the post's training loop in ``folder``; go on with the run that is there if ``resume``.
 
-    Args:
-        options: the experiment.
-        folder: receives TensorBoard's events, the checkpoint, ``metrics.json`` and pictures.
-        resume: go on with the run in ``folder``.
-        progress: print the post's line for each epoch above a progress bar.
-
-    Raises:
-        UserError: if options, pictures and folder do not fit together.
-        FloatingPointError: if a loss or weight stops being finite; the last good checkpoint stays.
-        KeyboardInterrupt: after SIGINT or SIGTERM, once the epoch is done and saved.
+    Returns the model, and the metrics that are in ``metrics.json``. ``UserError`` if options,
+    pictures and folder do not fit together, ``FloatingPointError`` if a loss or weight stops being
+    finite, ``KeyboardInterrupt`` after Ctrl-C, once the epoch is done and saved.
     """
     size, num_epochs = options.image_size, options.epochs
     with Run(options, folder, resume) as run:  # the folder's lock, random numbers and Ctrl-C
         # Squeeze every picture to the resolution, as in the post, or cut its middle out
-        squeeze, crop = [Resize((size, size))], [Resize(size), CenterCrop(size)]
-        pipeline = Compose([*(crop if options.crop else squeeze), ToTensor()])
-        # Load the data with it: Flowers102, if no other data set is asked for. InMemory decodes
-        # each picture once, not in every epoch
+        crop = [Resize(size), CenterCrop(size)] if options.crop else [Resize((size, size))]
+        pipeline = Compose([*crop, ToTensor()])
+        # Load with it Flowers102, or what --dataset names, each picture decoded once
         training_data = InMemory(run.dataset(split="train", transform=pipeline), progress)
         validation_data = InMemory(run.dataset(split="val", transform=pipeline), progress)
         test_data = InMemory(run.dataset(split="test", transform=pipeline), progress)
@@ -107,7 +87,7 @@ def train(
         channels, _, _ = training_data.image_shape
         model = VAE((size, size), options.latent_size, channels, options.batch_norm)
         # In this memory format convolutions are faster; fused=True takes all weights in one step
-        model.to(run.device, memory_format=torch.channels_last)
+        model.to(run.device).to(memory_format=torch.channels_last)
         loss = ELBOLoss(options.beta, options.likelihood)
         optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate, fused=True)
         first_epoch = run.begin(model, optimiser, *splits)  # 0, or where a resumed run goes on
@@ -151,7 +131,6 @@ def train(
                 reconstructions, means, log_vars = model(test_features.to(run.device))
             writer.add_image("originals", make_grid(test_features), epoch)
             writer.add_image("reconstructions", make_grid(reconstructions), epoch)
-            writer.add_scalar("schedule/beta", beta, epoch)
             write_validation(writer, model, loss, splits, epoch)  # beyond the post
             if progress:
                 tqdm.write(
@@ -177,21 +156,13 @@ class Command:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says, and say how good the model is."""
     with one_line_errors():
-        command = tyro.cli(Command, args=arguments, prog="vae_training.py")
-        options, resume = command.experiment, bool(command.resume)
-        folder = new_folder(command.log_dir, command.run_name, options)
-        if resume:
-            folder = command.log_dir / command.resume
-            folder = folder if folder.is_dir() else Path(command.resume)
-        if resume or command.preset == "best":  # read once more, with other defaults
-            start = Options(**saved_options(folder)) if resume else BEST
-            default = Command(start)
-            options = tyro.cli(Command, args=arguments, prog="vae_training.py", default=default)
-            options = options.experiment
-        if resume and is_finished(folder, options.epochs):
-            print(f"{folder} is finished: {options.epochs} epochs. A larger --epochs goes on.")
-            return
-        _, metrics = train(options, folder, resume)
+        read = partial(tyro.cli, Command, prog="vae_training.py", args=arguments)
+        command = read()
+        folder = folder_of(command)
+        if command.resume or command.preset == "best":  # read once more, with other defaults
+            start = Options(**saved_options(folder)) if command.resume else BEST
+            command = read(default=Command(start))
+        _, metrics = train(command.experiment, folder, bool(command.resume))
         print(summary(metrics, folder))
 
 

@@ -116,7 +116,8 @@ class InMemory(Dataset):
 
     def _read(self, dataset: Any) -> None:
         """Read all pictures, in threads: Pillow lets go of the interpreter's lock meanwhile."""
-        self.pixels, self.left_out = torch.empty(0, 0, 0, 0, dtype=torch.uint8), []
+        self.pixels = torch.empty(0, 0, 0, 0, dtype=torch.uint8)
+        self.left_out: list[str] = []
         labels: list[Any] = [None] * len(dataset)
         read = [False] * len(dataset)
 

@@ -44,7 +44,8 @@ def opening(run: Run, model: VAE, splits: Splits, epoch: int) -> str:
 def write_validation(
     writer: SummaryWriter, model: VAE, loss: ELBOLoss, splits: Splits, epoch: int
 ) -> None:
-    """Write the validation metrics, test pairs and samples to TensorBoard every ten epochs."""
+    """Write beta, and every ten epochs validation metrics, test pairs and samples."""
+    writer.add_scalar("schedule/beta", loss.beta, epoch)
     if (epoch + 1) % LOOK_EVERY:
         return
     train, val, test = splits

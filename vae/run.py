@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.optim import Optimizer
 
-from datasets import choose_dataset, find_dataset
+from datasets import DATASETS, choose_dataset, find_dataset
 from datasets.preprocessing import InMemory, UserError
 from vae.vae import VAE
 
@@ -119,7 +119,11 @@ class Run(ExitStack):
         super().__init__()
         self.folder, self.resume = Path(folder), resume
         dataset, self.fallback = choose_dataset(options.dataset, options.data_root)
-        self.options = replace(options, dataset=dataset)
+        # Whole paths, so that a run can be resumed from any folder.
+        data_root = os.path.abspath(os.path.expanduser(options.data_root))
+        if dataset not in DATASETS:
+            dataset = os.path.abspath(os.path.expanduser(dataset))
+        self.options = replace(options, dataset=dataset, data_root=data_root)
         if self.fallback:
             print(f"warning: {self.fallback}. Training on SYNTHETIC flowers", file=sys.stderr)
         self.dataset = find_dataset(dataset, options.data_root)
@@ -220,6 +224,8 @@ class Run(ExitStack):
         path = self.folder / "checkpoint.pt"
         checkpoint = load_checkpoint(path)
         check_same_experiment(checkpoint["config"], self.options)
+        if checkpoint.get("epoch") == self.options.epochs and "latents" in checkpoint:
+            raise UserError(f"{self.folder} is finished: a larger --epochs goes on")
         if checkpoint.get("pictures") != self.pictures:
             raise UserError("the run began with other pictures than are there now: it cannot go on")
         with named(path):
@@ -242,23 +248,36 @@ class Run(ExitStack):
         return epoch
 
 
-def new_folder(log_dir: Path, name: str, options: Any) -> Path:
-    """Return the folder of a new run: of that name, else date and time and the data set."""
-    dataset = "" if options.dataset in ("auto", "flowers102") else Path(options.dataset).name
-    now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{dataset}"
-    return log_dir / (name or re.sub(r"[^\w-]+", "-", now).strip("-"))
+def check_options(options: Any) -> None:
+    """Raise ``UserError`` for an option's value that cannot be."""
+    one = ("latent_size", "cycles", "epochs", "batch_size", "checkpoint_every")
+    for name in (*one, "warmup_epochs", "seed", "beta", "learning_rate"):
+        given, low = getattr(options, name), int(name in one)
+        if not low <= given < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {given}: {low} or more is needed")
+    if options.image_size < 8 or options.image_size % 8:
+        raise UserError(f"--image-size is {options.image_size}: a multiple of 8 is needed")
+
+
+def folder_of(command: Any) -> Path:
+    """Return the folder of the run that a command line names: to resume, or new.
+
+    A new run that was given no name has date, time and data set in it.
+    """
+    if command.resume:
+        folder = command.log_dir / command.resume
+        return folder if folder.is_dir() else Path(command.resume)
+    dataset = command.experiment.dataset
+    now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    if dataset not in ("auto", "flowers102"):
+        now += "-" + re.sub(r"[^\w-]+", "-", Path(dataset).name)
+    return command.log_dir / (command.run_name or now)
 
 
 def saved_options(folder: Path) -> dict[str, Any]:
     """Return the options of the run in ``folder``."""
     config = load_checkpoint(folder / "checkpoint.pt")["config"]
     return {name: config[name] for name in config.keys() - {"image_resolution", "image_channels"}}
-
-
-def is_finished(folder: Path, epochs: int) -> bool:
-    """Return whether the run in ``folder`` has had so many epochs, and its report."""
-    checkpoint = load_checkpoint(folder / "checkpoint.pt")
-    return checkpoint.get("epoch") == epochs and "latents" in checkpoint
 
 
 def check_folder(folder: Path, resume: bool) -> None:
