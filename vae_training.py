@@ -112,7 +112,7 @@ def train(
                 # Step 2: forward pass through the model
                 reconstructions, means, log_vars = model(train_features)
                 # Step 3: calculate the loss
-                beta, kl_loss, reconstruction_loss, total_loss = loss(
+                _, kl_loss, reconstruction_loss, total_loss = loss(
                     train_features, reconstructions, means, log_vars
                 )
                 # Step 4: write the losses to TensorBoard

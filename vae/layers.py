@@ -80,10 +80,10 @@ class Encoder(nn.Module):
 
         ``x`` are images in [0, 1], [batch, channels, height, width].
         """
-        x = self.act1(self.pool1(self.norm1(self.conv1(x))))
-        x = self.act2(self.pool2(self.norm2(self.conv2(x))))
-        x = self.act3(self.pool3(self.norm3(self.conv3(x))))
-        x = self.flatten(x)
+        x = self.act1(self.pool1(self.norm1(self.conv1(x))))  # [batch, 16, height/2, width/2]
+        x = self.act2(self.pool2(self.norm2(self.conv2(x))))  # [batch, 32, height/4, width/4]
+        x = self.act3(self.pool3(self.norm3(self.conv3(x))))  # [batch, 64, height/8, width/8]
+        x = self.flatten(x)  # [batch, 64 * height/8 * width/8]
         return self.fcm(x), self.fcv(x)
 
 
@@ -117,10 +117,10 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return images in [0, 1], [batch, channels, height, width], of ``z``, [batch, latent]."""
-        x = self.fc(z)
-        x = x.reshape(len(z), *self.feature_shape)
-        x = self.act1(self.norm1(self.deconv1(x)))
-        x = self.act2(self.norm2(self.deconv2(x)))
+        x = self.fc(z)  # [batch, 64 * height/8 * width/8]
+        x = x.reshape(len(z), *self.feature_shape)  # [batch, 64, height/8, width/8]
+        x = self.act1(self.norm1(self.deconv1(x)))  # [batch, 32, height/4, width/4]
+        x = self.act2(self.norm2(self.deconv2(x)))  # [batch, 16, height/2, width/2]
         return self.act3(self.deconv3(x))
 
 

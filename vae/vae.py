@@ -47,8 +47,12 @@ class VAE(nn.Module):
             each [batch, latent].
         """
         mean, log_var = self.encoder(x)
+        # The encoder turns images, [batch, channels, height, width], into the posterior of each:
+        # a Gaussian with a mean, [batch, latent], and the logarithm of a variance, [batch, latent]
         latent_sample = self.sample_latent(mean, log_var)
+        # One draw from each posterior, [batch, latent], whose dimensions are independent
         reconstruction = self.decoder(latent_sample)
+        # The decoder turns each draw into an image, [batch, channels, height, width]
         return reconstruction, mean, log_var
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -58,6 +62,6 @@ class VAE(nn.Module):
 
     def sample(self, n: int) -> Tensor:
         """Return ``n`` new images, [n, channels, height, width] in [0, 1], with z from N(0, I)."""
-        weight = self.decoder.fc.weight
+        weight = next(self.parameters())
         z = torch.randn(n, self.latent_size, device=weight.device, dtype=weight.dtype)
         return self.decoder(z)
