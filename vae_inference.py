@@ -22,7 +22,7 @@ from torch.distributions import MultivariateNormal
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.transforms import Compose, Resize, ToTensor
 from torchvision.utils import make_grid
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from datasets import find_dataset
 from datasets.preprocessing import InMemory, UserError, read_picture
@@ -50,20 +50,19 @@ class Settings:
     device: str = "auto"  # cpu, cuda, mps ...; auto: an accelerator, if there is one
 
 
-def similar(
-    images: Positional[tuple[Path, ...]],
-    settings: OmitArgPrefixes[Settings] = Settings(),
-    count: int = 8,
-    spread: float = 0.3,
-) -> None:
-    """A picture, its reconstruction, and new flowers near it.
+Pictures = Positional[Annotated[tuple[Path, ...], arg(name="pictures", metavar="PICTURE ...")]]
+Shared = Annotated[OmitArgPrefixes[Settings], arg(help="What all commands share.")]
+SETTINGS = Settings()
+FROM = "where the training pictures' latents are, or N(0, I)"
 
-    Args:
-        images: pictures.
-        settings: what all commands share.
-        count: new flowers for each picture.
-        spread: 0: the reconstruction; 1: any flower.
-    """
+
+def similar(
+    images: Pictures,
+    settings: Shared = SETTINGS,
+    count: Annotated[int, arg(help="new flowers for each picture")] = 8,
+    spread: Annotated[float, arg(help="0: the reconstruction; 1: any flower")] = 0.3,
+) -> None:
+    """A picture, its reconstruction, and new flowers near it."""
     check("the number of pictures", len(images), 1, 1000)
     check("--count", count, 1, 1000)
     check("--spread", spread, 0, 1)
@@ -78,17 +77,11 @@ def similar(
 
 
 def sample(
-    settings: OmitArgPrefixes[Settings] = Settings(),
-    count: int = 50,
-    source: Annotated[Literal["data", "prior"], tyro.conf.arg(name="from")] = "data",
+    settings: Shared = SETTINGS,
+    count: Annotated[int, arg(help="new flowers")] = 50,
+    source: Annotated[Literal["data", "prior"], arg(name="from", help=FROM)] = "data",
 ) -> None:
-    """New flowers.
-
-    Args:
-        settings: what all commands share.
-        count: new flowers.
-        source: where the training pictures' latents are, or N(0, I).
-    """
+    """New flowers."""
     check("--count", count, 1, 1000)
     with open_model(settings, "sample.png") as (model, latents):
         z = (latents if source == "data" else prior(model)).sample((count,))
@@ -97,15 +90,10 @@ def sample(
 
 
 def reconstruct(
-    images: Positional[tuple[Path, ...]],
-    settings: OmitArgPrefixes[Settings] = Settings(),
+    images: Pictures,
+    settings: Shared = SETTINGS,
 ) -> None:
-    """Pictures beside their reconstructions.
-
-    Args:
-        images: pictures.
-        settings: what all commands share.
-    """
+    """Pictures beside their reconstructions."""
     check("the number of pictures", len(images), 1, 1000)
     with open_model(settings, "reconstruct.png", images, fitted=False) as (model, _):
         x = torch.cat(photographs(model, images, settings))
@@ -115,16 +103,10 @@ def reconstruct(
 
 def interpolate(
     images: Positional[tuple[Path, Path]],
-    settings: OmitArgPrefixes[Settings] = Settings(),
-    steps: int = 8,
+    settings: Shared = SETTINGS,
+    steps: Annotated[int, arg(help="pictures on the way, both ends included")] = 8,
 ) -> None:
-    """The way from one picture's reconstruction to another's, between the two pictures.
-
-    Args:
-        images: two pictures.
-        settings: what all commands share.
-        steps: pictures on the way, both ends included.
-    """
+    """The way from one picture's reconstruction to another's, between the two pictures."""
     check("--steps", steps, 2, 100)
     with open_model(settings, "interpolate.png", images, fitted=False) as (model, _):
         start, end = photographs(model, images, settings)
@@ -136,16 +118,10 @@ def interpolate(
 
 def traverse(
     image: Positional[Path],
-    settings: OmitArgPrefixes[Settings] = Settings(),
-    steps: int = 7,
+    settings: Shared = SETTINGS,
+    steps: Annotated[int, arg(help="pictures for each dimension")] = 7,
 ) -> None:
-    """What each latent dimension does to a picture, moved by -3 to 3 standard deviations.
-
-    Args:
-        image: a picture.
-        settings: what all commands share.
-        steps: pictures for each dimension.
-    """
+    """What each latent dimension does to a picture, moved by -3 to 3 standard deviations."""
     check("--steps", steps, 2, 100)
     with open_model(settings, "traverse.png", [image]) as (model, latents):
         (x,) = photographs(model, [image], settings)
@@ -169,14 +145,9 @@ def traverse(
 
 def explore(
     image: Positional[Path | None] = None,
-    settings: OmitArgPrefixes[Settings] = Settings(),
+    settings: Shared = SETTINGS,
 ) -> None:
-    """A web page with a slider for each latent dimension, which needs nothing but itself.
-
-    Args:
-        image: a picture to start from; if none is given, a new flower.
-        settings: what all commands share.
-    """
+    """A web page with a slider for each latent dimension, which needs nothing but itself."""
     images = [image] if image else []
     with open_model(settings, "explore.html", images) as (model, latents):
         pictures = photographs(model, images, settings)
