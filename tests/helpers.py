@@ -11,15 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
-from vae.run import load_checkpoint
+from vae.run import load_checkpoint, save_checkpoint
+from vae.vae import VAE
 from vae_training import Options, train
 
 ROOT = Path(__file__).parents[1]
 LOSSES = ("KL Loss", "Reconstruction Loss", "Total Loss")
 # With 20 training pictures, an epoch has three steps, the last one on 4 pictures.
-SMALL = {"dataset": "small", "image_size": 8, "latent_size": 2, "batch_size": 8, "epochs": 3, "device": "cpu"}
+SMALL = {
+    "dataset": "small",
+    "image_size": 8,
+    "latent_size": 2,
+    "batch_size": 8,
+    "epochs": 3,
+    "device": "cpu",
+}
 EVERYTHING = {
     **{"batch_norm": True, "augment": True, "likelihood": "sigma"},
     **{"beta_schedule": "linear", "warmup_epochs": 2, "lr_schedule": "cosine"},
@@ -103,3 +112,35 @@ def tiles(grid: np.ndarray, size: int = 8) -> np.ndarray:
     rows, columns = ((side - 2) // (size + 2) for side in grid.shape[:2])
     grid = grid[2:, 2:].reshape(rows, size + 2, columns, size + 2, 3)
     return grid.swapaxes(1, 2)[:, :, :size, :size]
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """PyTorch's random numbers follow from ``seed`` inside, and go on afterwards as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def write_checkpoint(path: Path, model: VAE, fitted: bool = True, **config: Any) -> Path:
+    """Write a model's checkpoint as training leaves it; call it inside ``seeded``."""
+    # Untrained encoders and decoders give nearly the same whatever they are given.
+    for layer in (model.encoder.fcm, model.decoder.fc):
+        layer.weight.data *= 20
+    size, normed = model.latent_size, isinstance(model.decoder.norm1, torch.nn.BatchNorm2d)
+    shape = {"image_resolution": list(model.image_resolution), "batch_norm": normed}
+    shape |= {"image_channels": model.encoder.conv1.in_channels, "latent_size": size}
+    root = 0.3 * torch.randn(size, size)
+    latents = {"mean": torch.linspace(-1, 1, size), "covariance": root @ root.T}
+    latents["covariance"].diagonal().add_(0.01)
+    checkpoint = {"model": model.state_dict(), "config": {"dataset": "auto"} | shape | config}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(checkpoint | ({"latents": latents} if fitted else {}), path)
+    return path
+
+
+def write_photograph(path: Path, size: tuple[int, int] = (50, 40), seed: int = 0) -> Path:
+    """Write a picture of soft noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
+    return path

@@ -1,29 +1,25 @@
 import io
 import os
-import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import seeded, write_checkpoint, write_photograph
 from PIL import Image
 from torch import Tensor
 from torch.distributions import MultivariateNormal
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 import vae_inference
-from datasets.pictures import Splits, load_splits
-from datasets.preprocessing import decode_pictures, read_photograph
+from datasets.folder import PictureFolder
+from datasets.preprocessing import InMemory, read_picture
 from vae.latent import fit_latents, near, prior, spherical_steps, variation_per_dimension
-from vae.training import command_line
-from vae.training.checkpoint import load_model, save_checkpoint, save_latents
-from vae.training.options import Options
+from vae.run import load_checkpoint, load_model, save_checkpoint
 from vae.vae import VAE
 from vae_inference import draw_grid, main
 
@@ -32,36 +28,22 @@ CELL = 128
 GAP = 4
 
 
-def write_checkpoint(
-    path: Path, seed: int = 0, fitted: bool = True, **options: int | str | bool
+def write_small(
+    path: Path,
+    seed: int = 0,
+    size: tuple[int, int] = (16, 16),
+    channels: int = 3,
+    batch_norm: bool = False,
+    **more: Any,
 ) -> Path:
-    """Write the checkpoint of a freshly initialised small model, as training leaves it."""
-    options = Options(**{"image_size": 16, "latent_size": 4} | options)
-    size = [options.image_size, options.image_size]
-    config = asdict(options) | {"image_resolution": size, "image_channels": 3}
+    """Write the checkpoint of a small model with four latent dimensions."""
     with seeded(seed):
-        model = VAE(tuple(size), options.latent_size, 3, options.batch_norm)
-        root = torch.randn(2 * [options.latent_size])
-    # Untrained encoders and decoders give nearly the same whatever they are given.
-    for layer in (model.encoder.fcm, model.decoder.fc):
-        layer.weight.data *= 20
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint({"model": model.state_dict(), "config": config}, path)
-    if fitted:
-        mean = torch.linspace(-1, 1, options.latent_size)
-        save_latents(MultivariateNormal(mean, root @ root.T + 0.1 * torch.eye(len(root))), path)
-    return path
-
-
-def write_photograph(path: Path, size: tuple[int, int] = (50, 40), seed: int = 0) -> Path:
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
-    return path
+        return write_checkpoint(path, VAE(size, 4, channels, batch_norm), **more)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint.pt")
+    return write_small(tmp_path_factory.mktemp("run") / "checkpoint.pt")
 
 
 @pytest.fixture
@@ -116,7 +98,7 @@ def grids(monkeypatch) -> list[Grid]:
 
 def photograph(name: str) -> Tensor:
     """Return a picture of the current folder as the small model needs it."""
-    return read_photograph(Path(name), (16, 16))
+    return Compose([Resize((16, 16)), ToTensor()])(read_picture(Path(name)))[None]
 
 
 def place(column: int, row: int = 0, left: int = 0, top: int = 0) -> tuple[slice, slice]:
@@ -132,107 +114,6 @@ def enlarged(image: Tensor) -> np.ndarray:
 
 def to_pixels(image: Tensor) -> np.ndarray:
     return image.mul(255).round().byte().movedim(0, -1).numpy()
-
-
-@contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
-    """PyTorch's random numbers follow from ``seed`` inside, and go on afterwards as before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-# Photographs
-
-
-def test_a_photograph_that_needs_nothing_is_read_as_training_reads_it(tmp_path):
-    path = write_photograph(tmp_path / "a.jpg")
-    expected = torch.from_numpy(decode_pictures([path], (16, 24))[0]).movedim(-1, 0) / 255
-    assert torch.equal(read_photograph(path, (16, 24))[0], expected)
-
-
-@pytest.mark.parametrize("kind", ["L", "P", "1", "CMYK", "YCbCr"])
-def test_photographs_of_other_colour_modes_are_read_as_rgb(tmp_path, kind):
-    path = tmp_path / ("a.jpg" if kind in ("CMYK", "YCbCr") else "a.png")
-    Image.new("RGB", (20, 20), "white").convert(kind).save(path)
-    x = read_photograph(path, (16, 16))
-    assert x.shape == (1, 3, 16, 16)
-    assert x.min() > 0.98
-
-
-@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
-def test_a_photograph_is_turned_as_its_exif_data_say(tmp_path, orientation, turns):
-    stored = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
-    x = read_photograph(tmp_path / "a.png", (16, 16))
-    assert np.array_equal(to_pixels(x[0]), np.rot90(stored, turns))
-
-
-def save_transparent(kind: str, path: Path) -> None:
-    """Write a picture whose left half is transparent, over black, and whose right half is red."""
-    alpha = Image.new("L", (32, 32))
-    alpha.paste(255, (16, 0, 32, 32))
-    image = Image.new("RGB", (32, 32))
-    image.paste("red", (16, 0, 32, 32))
-    image.putalpha(alpha)
-    if kind == "P":
-        indices = np.repeat(np.array([[0, 1]], np.uint8), 16, axis=1).repeat(32, axis=0)
-        image = Image.fromarray(indices)
-        image.putpalette([0, 0, 0, 255, 0, 0])
-        image.save(path, transparency=0)
-    elif kind == "RGB":
-        image.convert("RGB").save(path, transparency=(0, 0, 0))
-    else:
-        image.save(path)
-
-
-@pytest.mark.parametrize("kind", ["RGBA", "P", "RGB"])
-def test_what_is_transparent_becomes_white(tmp_path, kind):
-    save_transparent(kind, tmp_path / "a.png")
-    x = read_photograph(tmp_path / "a.png", (32, 32))[0]
-    assert torch.equal(x[:, :, :16], torch.ones(3, 32, 16))
-    assert torch.equal(x[:, 5, 20], torch.tensor([1.0, 0.0, 0.0]))
-
-
-def test_half_transparent_grey_is_blended_with_white(tmp_path):
-    Image.new("LA", (16, 16), (0, 128)).save(tmp_path / "a.png")
-    x = read_photograph(tmp_path / "a.png", (16, 16))
-    assert x.unique().item() == pytest.approx(127 / 255)
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_grey_of_16_bits_is_scaled_and_not_clipped(tmp_path, suffix):
-    path = tmp_path / f"a.{suffix}"
-    Image.fromarray(np.full((16, 16), 100 * 257, np.uint16)).save(path)
-    assert read_photograph(path, (16, 16)).unique().item() == pytest.approx(100 / 255)
-
-
-def test_floating_point_pixels_are_refused(tmp_path):
-    Image.new("F", (16, 16), 0.5).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"a\.tif .*floating-point"):
-        read_photograph(tmp_path / "a.tif", (16, 16))
-
-
-def test_a_photograph_is_squeezed_or_cropped_to_its_middle(tmp_path):
-    image = Image.new("RGB", (90, 30), "blue")
-    image.paste("red", (30, 0, 60, 30))
-    image.save(tmp_path / "a.png")
-    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 16, 16)
-    assert not torch.equal(read_photograph(tmp_path / "a.png", (16, 16))[0], red)
-    cropped = read_photograph(tmp_path / "a.png", (16, 16), centre_crop=True)[0]
-    assert torch.equal(cropped[:, :, 1:-1], red[:, :, 1:-1])
-
-
-def test_a_crop_has_the_shape_of_a_model_that_is_not_square_and_squeezes_nothing(tmp_path):
-    image = Image.new("RGB", (48, 48), "blue")
-    image.paste("red", (0, 8, 48, 40))  # the middle, three wide for two high
-    image.save(tmp_path / "a.png")
-    cropped = read_photograph(tmp_path / "a.png", (16, 24), centre_crop=True)
-    assert cropped.shape == (1, 3, 16, 24)
-    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 14, 24)
-    assert torch.equal(cropped[0, :, 1:-1], red)
 
 
 # The command line
@@ -262,21 +143,18 @@ def test_another_seed_draws_other_flowers(folder, checkpoint, command):
     assert (folder / "0").read_bytes() != (folder / "1").read_bytes()
 
 
-def test_pictures_of_a_model_with_batch_norm_and_another_size_are_drawn(folder):
-    path = write_checkpoint(folder / "run" / "checkpoint.pt", image_size=24, batch_norm=True)
-    for command in COMMANDS:
-        assert main([*arguments(command), "--checkpoint", str(path)]) is None
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_model_with_batch_norm_of_another_shape_draws(folder, command):
+    path = write_small(folder / "run" / "checkpoint.pt", size=(24, 40), batch_norm=True)
+    assert main([*arguments(command), "--checkpoint", str(path)]) is None
 
 
-def test_an_output_that_is_a_link_is_written_through(folder, checkpoint):
-    (folder / "elsewhere").mkdir()
-    for target in ("new.png", "old.png"):
-        (folder / "elsewhere" / "old.png").write_text("old")
-        (folder / "link.png").unlink(missing_ok=True)
-        (folder / "link.png").symlink_to(folder / "elsewhere" / target)
-        main([*arguments("sample"), "--output", "link.png", "--checkpoint", str(checkpoint)])
-        assert (folder / "link.png").is_symlink()
-        assert Image.open(folder / "elsewhere" / target).format == "PNG"
+def test_the_callers_random_numbers_go_on_as_before(folder, checkpoint):
+    with seeded(5):
+        expected = torch.rand(3)
+    with seeded(5):
+        main([*arguments("sample"), "--checkpoint", str(checkpoint)])
+        assert torch.equal(torch.rand(3), expected)
 
 
 def test_the_script_runs_from_any_folder(folder, checkpoint):
@@ -353,7 +231,7 @@ def test_sample_arranges_its_flowers_in_a_rectangle_twice_as_wide_as_high(
     assert (len(grids[0].images), grids[0].columns) == (count, columns)
 
 
-def test_sample_draws_64_flowers_if_nothing_else_is_said(folder, checkpoint, grids):
+def test_sample_draws_50_flowers_if_nothing_else_is_said(folder, checkpoint, grids):
     main(["sample", "--checkpoint", str(checkpoint)])
     assert len(grids[0].images.unique(dim=0)) == 50
 
@@ -425,11 +303,11 @@ def test_traverse_labels_its_rows_with_share_and_own_value_the_largest_share_fir
 
 
 def test_traverse_marks_the_pictures_own_value_between_the_columns(folder, checkpoint, grids):
-    model, config, _ = load_model(checkpoint)
-    model.encoder.fcm.weight.data.zero_()
-    model.encoder.fcm.bias.data = torch.tensor([-5.0, 1.0, 3.0, 17.0])
-    save_checkpoint({"model": model.state_dict(), "config": config}, folder / "known.pt")
-    save_latents(MultivariateNormal(torch.ones(4), 4 * torch.eye(4)), folder / "known.pt")
+    known = load_checkpoint(checkpoint)
+    known["model"]["encoder.fcm.weight"].zero_()
+    known["model"]["encoder.fcm.bias"] = torch.tensor([-5.0, 1.0, 3.0, 17.0])
+    known["latents"] = {"mean": torch.ones(4), "covariance": 4 * torch.eye(4)}
+    save_checkpoint(known, folder / "known.pt")
     main(["traverse", "a.png", "--steps", "7", "--checkpoint", "known.pt"])
     # In standard deviations -3, 0, 1 and 8. The first column's middle is 0.5, that of -3 is 1.5,
     # and that of 3, 7.5.
@@ -438,11 +316,36 @@ def test_traverse_marks_the_pictures_own_value_between_the_columns(folder, check
     assert marks == pytest.approx(expected)
 
 
-def test_centre_crop_changes_what_the_model_sees(folder, checkpoint, grids):
-    main(["reconstruct", "b.jpg", "--centre-crop", "--checkpoint", str(checkpoint)])
-    expected = read_photograph(folder / "b.jpg", (16, 16), centre_crop=True)
-    assert torch.equal(grids[0].images[:1], expected)
-    assert not torch.equal(expected, photograph("b.jpg"))
+def test_crop_takes_the_middle_square_and_squeezes_nothing(folder, checkpoint, grids):
+    image = Image.new("RGB", (90, 30), "blue")
+    image.paste("red", (30, 0, 60, 30))
+    image.save("a.png")
+    for options in ([], ["--crop"]):
+        main(["reconstruct", "a.png", *options, "--checkpoint", str(checkpoint)])
+    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 16, 16)
+    assert torch.equal(grids[0].images[:1], photograph("a.png"))
+    assert torch.equal(grids[1].images[0], red)
+
+
+def test_a_crop_has_the_shape_of_a_model_that_is_not_square(folder, grids):
+    image = Image.new("RGB", (48, 48), "blue")
+    image.paste("red", (0, 8, 48, 40))  # the middle, three wide for two high
+    image.save("a.png")
+    path = write_small(folder / "wide.pt", size=(16, 24))
+    main(["reconstruct", "a.png", "--crop", "--checkpoint", str(path)])
+    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 16, 24)
+    assert torch.equal(grids[0].images[0], red)
+
+
+def test_a_model_of_grey_pictures_sees_and_draws_grey(folder, grids):
+    path = write_small(folder / "grey.pt", channels=1)
+    for command in COMMANDS[:-1]:
+        main([*arguments(command), "--checkpoint", str(path)])
+    grey = read_picture(Path("a.png")).convert("L")
+    x = Compose([Resize((16, 16)), ToTensor()])(grey)
+    assert torch.equal(grids[0].images[0], x)
+    pixels = read(Path("reconstruct.png").read_bytes())
+    assert np.array_equal(pixels[place(0, top=20)], enlarged(x.expand(3, -1, -1)))
 
 
 # The grid
@@ -531,7 +434,7 @@ def test_the_file_is_the_grid(folder, checkpoint, grids, command):
 
 def test_the_newest_run_is_the_default_and_is_named(folder, capsys):
     for age, name in enumerate(("new", "old", "older")):
-        path = write_checkpoint(folder / "runs" / name / "checkpoint.pt", seed=age)
+        path = write_small(folder / "runs" / name / "checkpoint.pt", seed=age)
         os.utime(path, (1e9 - age, 1e9 - age))
     (folder / "runs" / "empty").mkdir()
     newest = Path("runs", "new", "checkpoint.pt")
@@ -542,228 +445,145 @@ def test_the_newest_run_is_the_default_and_is_named(folder, capsys):
 
 
 @pytest.fixture
-def runs(folder, monkeypatch) -> Path:
-    """The usual folder of all runs, which is not there yet."""
-    for module in (vae_inference, command_line):
-        monkeypatch.setattr(module, "RUNS", folder / "usual")
-    return folder / "usual"
+def usual(folder, monkeypatch) -> list[str]:
+    """Options for the usual folder of all runs, which is not there yet."""
+    monkeypatch.setattr(vae_inference, "RUNS", folder / "usual")
+    return ["--log-dir", str(folder / "usual")]
 
 
 @pytest.fixture
 def trained(folder, monkeypatch) -> Path:
     """The model that comes with the repository."""
     monkeypatch.setattr(vae_inference, "TRAINED", folder / "trained.pt")
-    return write_checkpoint(folder / "trained.pt", seed=1)
+    return write_small(folder / "trained.pt", seed=1)
 
 
-def test_without_a_run_the_model_that_comes_with_the_repository_draws(runs, trained, capsys):
-    main([*arguments("sample"), "--output", "default.png"])
+def test_without_a_run_the_model_that_comes_with_the_repository_draws(usual, trained, capsys):
+    main([*arguments("sample"), *usual, "--output", "default.png"])
     assert capsys.readouterr().err == f"drawn by the model in {trained} (auto)\n"
     main([*arguments("sample"), "--checkpoint", str(trained)])
     assert Path("default.png").read_bytes() == Path("sample.png").read_bytes()
 
 
-def test_a_run_comes_before_the_model_that_comes_with_the_repository(runs, trained, capsys):
-    run = write_checkpoint(runs / "a" / "checkpoint.pt")
-    main(arguments("sample"))
+def test_a_run_comes_before_the_model_that_comes_with_the_repository(usual, trained, capsys):
+    run = write_small(Path(usual[1]) / "a" / "checkpoint.pt")
+    main([*arguments("sample"), *usual])
     assert capsys.readouterr().err == f"drawn by the model in {run} (auto)\n"
 
 
-def test_a_folder_without_runs_that_was_asked_for_is_refused(runs, trained, capsys):
+def test_a_folder_without_runs_that_was_asked_for_is_refused(usual, trained, capsys):
     line = fails(["sample", "--log-dir", "nowhere"], capsys)
-    assert "nowhere holds no run" in line
+    assert "nowhere holds no run with a checkpoint.pt" in line
     assert "vae_training.py" in line
 
 
 def test_with_neither_a_run_nor_the_repositorys_model_a_checkpoint_is_asked_for(
-    runs, trained, capsys
+    usual, trained, capsys
 ):
     trained.unlink()
-    line = fails(["sample"], capsys)
-    assert f"{trained} does not exist: a checkpoint.pt of a run is needed" in line
+    line = fails(["sample", *usual], capsys)
+    assert f"{trained} is not a file: a checkpoint.pt of a run is needed" in line
 
 
 # A checkpoint without latents: its run has not ended
 
 
-def test_latents_are_refitted_to_the_synthetic_flowers(folder, splits, monkeypatch, grids, capsys):
-    def load(dataset: str, _: Path, size: tuple[int, int]) -> Splits:
-        assert (dataset, size) == ("synthetic", (8, 8))
-        return splits
-
-    monkeypatch.setattr(vae_inference, "load_splits", load)
-    options = {"fitted": False, "dataset": "synthetic", "image_size": 8}
-    path = write_checkpoint(folder / "checkpoint.pt", **options)
-    main(["sample", "--count", "5", "--checkpoint", str(path)])
+def assert_refitted(path: Path, train: InMemory, grid: Grid) -> None:
+    """``sample --count 5`` drew from the latents of these pictures."""
     model, _, latents = load_model(path)
     assert latents is None
     with seeded(), torch.no_grad():
-        z = fit_latents(model, splits.train.batches()).sample((5,))
-        assert torch.equal(grids[0].images, model.decoder(z))
-    assert capsys.readouterr() == ("sample.png\n", "")
-
-
-def test_latents_are_refitted_to_flowers102_where_it_is_on_disk(folder, data_root, grids):
-    options = {"fitted": False, "dataset": "flowers102", "data_root": str(data_root)}
-    path = write_checkpoint(folder / "checkpoint.pt", **options)
-    main(["sample", "--count", "5", "--checkpoint", str(path)])
-    model, *_ = load_model(path)
-    train = load_splits("flowers102", data_root, (16, 16)).train
-    with seeded(), torch.no_grad():
         z = fit_latents(model, train.batches()).sample((5,))
-        assert torch.equal(grids[0].images, model.decoder(z))
+        assert torch.equal(grid.images, model.decoder(z))
 
 
-def test_without_the_pictures_the_prior_stands_in_with_a_warning(folder, grids, capsys):
-    options = {"fitted": False, "dataset": "flowers102", "data_root": "nowhere"}
-    path = write_checkpoint(folder / "checkpoint.pt", **options)
-    for source in ("data", "prior"):
-        main([*arguments("sample"), "--from", source, "--checkpoint", str(path)])
-        line = capsys.readouterr().err
-        assert line.startswith("warning: the checkpoint has no fitted latents")
-        assert line.endswith("the prior stands in for them\n")
-        assert line.count("\n") == 1
-    assert torch.equal(grids[0].images, grids[1].images)
+def test_latents_are_refitted_to_the_pictures_of_the_run(folder, splits, grids):
+    options = {"dataset": "small", "data_root": "nowhere"}
+    path = write_small(folder / "checkpoint.pt", size=(8, 8), fitted=False, **options)
+    main(["sample", "--count", "5", "--checkpoint", str(path)])
+    assert_refitted(path, splits[0], grids[0])
+
+
+def test_latents_are_refitted_to_a_folder_of_pictures_cropped_as_in_training(folder, grids):
+    for split in ("train", "val", "test"):
+        (folder / "own" / split).mkdir(parents=True)
+        for seed in range(4):
+            write_photograph(folder / "own" / split / f"{seed}.png", (60, 20), seed)
+    options = {"dataset": str(folder / "own"), "data_root": "nowhere", "crop": True}
+    path = write_small(folder / "checkpoint.pt", fitted=False, **options)
+    main(["sample", "--count", "5", "--checkpoint", str(path)])
+    pipeline = Compose([Resize(16), CenterCrop(16), ToTensor()])
+    assert_refitted(path, InMemory(PictureFolder(folder / "own", "train", pipeline)), grids[0])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_warning_is_for_the_commands_that_need_the_fitted_latents(folder, capsys, command):
-    options = {"fitted": False, "dataset": "flowers102", "data_root": "nowhere"}
-    path = write_checkpoint(folder / "checkpoint.pt", **options)
+def test_without_the_pictures_the_prior_stands_in_with_a_warning_where_latents_are_needed(
+    folder, capsys, command
+):
+    options = {"dataset": "flowers102", "data_root": "nowhere"}
+    path = write_small(folder / "checkpoint.pt", fitted=False, **options)
     main([*arguments(command), "--checkpoint", str(path)])
-    warned = "no fitted latents" in capsys.readouterr().err
-    assert warned == (command not in ("reconstruct", "interpolate"))
+    line = capsys.readouterr().err
+    if command in ("reconstruct", "interpolate"):
+        assert line == ""
+    else:
+        assert line.startswith("warning: the checkpoint has no fitted latents")
+        assert line.endswith("the prior stands in for them\n")
+        assert line.count("\n") == 1
+
+
+def test_the_prior_that_stands_in_is_the_one_of_from_prior(folder, grids):
+    path = write_small(folder / "checkpoint.pt", fitted=False)
+    for source in ("data", "prior"):
+        main([*arguments("sample"), "--from", source, "--checkpoint", str(path)])
+    assert torch.equal(grids[0].images, grids[1].images)
 
 
 # What goes wrong
 
 
 def fails(arguments: list[str], capsys, status: int = 2) -> str:
-    """Run the command line, check that it fails as it should, and return its one line."""
+    """Run the command line, check that it fails and changes no file; return its one line."""
     before = {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*")}
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as stopped:
         main(arguments)
-    assert exit.value.code == status
+    assert stopped.value.code == status
     assert {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*")} == before
     captured = capsys.readouterr()
     assert captured.out == ""
+    assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
-    program, _, message = captured.err.partition(": error: ")
-    assert program.startswith(Path(sys.argv[0]).name) and message
     return captured.err
 
 
-def broken_picture(kind: str) -> bytes:
-    """Return a file that is no picture, or not a whole or a safe one."""
-    file = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)
-    if kind == "bomb":
-        Image.new("1", (14_000, 14_000)).save(file, "PNG")
-        return file.getvalue()
-    Image.fromarray(noise).save(file, "JPEG")
-    content = file.getvalue()
-    return {"text": b"not a picture", "empty": b"", "truncated": content[: len(content) // 2]}[kind]
+def test_a_picture_that_cannot_be_read_is_named(folder, checkpoint, capsys):
+    Path("broken.png").write_text("no picture")
+    for name, reason in [("broken.png", "cannot be read as a picture"), ("no.png", "not exist")]:
+        line = fails(["similar", "a.png", name, "--checkpoint", str(checkpoint)], capsys)
+        assert name in line
+        assert reason in line
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "bomb"])
-def test_a_file_that_is_no_picture_is_named(folder, checkpoint, capsys, kind):
-    (folder / "broken.png").write_bytes(broken_picture(kind))
-    options = ["--checkpoint", str(checkpoint)]
-    line = fails(["similar", "a.png", "broken.png", *options], capsys)
-    assert "broken.png cannot be read as a picture" in line
+def test_a_file_that_is_no_checkpoint_is_named(folder, capsys):
+    Path("broken.pt").write_text("no checkpoint")
+    for name, reason in [("broken.pt", "damaged"), ("none.pt", "not a file")]:
+        line = fails(["sample", "--checkpoint", name], capsys)
+        assert name in line
+        assert reason in line
 
 
-def test_a_missing_picture_is_named(folder, checkpoint, capsys):
-    line = fails(["traverse", "missing.png", "--checkpoint", str(checkpoint)], capsys)
-    assert "missing.png does not exist" in line
-
-
-def test_a_folder_in_the_place_of_a_picture_is_named(folder, checkpoint, capsys):
-    line = fails(["reconstruct", str(folder), "--checkpoint", str(checkpoint)], capsys)
-    assert f"{folder} cannot be read as a picture" in line
-
-
-class RunsCode:
-    """Unpickled by someone careless, it makes a file."""
-
-    def __reduce__(self):
-        return os.mkdir, ("harm",)
-
-
-@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "pickle", "foreign"])
-def test_a_file_that_is_no_checkpoint_is_named(folder, checkpoint, capsys, kind):
-    content = checkpoint.read_bytes()
-    broken = folder / "broken.pt"
-    contents = {"text": b"no", "empty": b"", "truncated": content[: len(content) // 2]}
-    broken.write_bytes(contents.get(kind, pickle.dumps(RunsCode())))
-    if kind == "foreign":
-        torch.save({"state_dict": {}}, broken)
-    assert str(broken) in fails(["sample", "--checkpoint", str(broken)], capsys)
-
-
-def test_a_missing_checkpoint_is_named(folder, capsys):
-    assert "none.pt does not exist" in fails(["sample", "--checkpoint", "none.pt"], capsys)
-
-
-def test_a_model_of_grey_images_is_refused(folder, capsys):
-    config = {"image_resolution": [8, 8], "image_channels": 1, "latent_size": 2}
-    model = VAE((8, 8), 2, 1)
-    config["batch_norm"] = False
-    save_checkpoint({"model": model.state_dict(), "config": config}, folder / "grey.pt")
-    assert "grey.pt is of a model" in fails(["explore", "--checkpoint", "grey.pt"], capsys)
-
-
-def test_an_output_in_a_folder_that_is_not_there_is_named(folder, checkpoint, capsys):
-    options = ["--output", "nowhere/flowers.png", "--checkpoint", str(checkpoint)]
-    assert str(folder / "nowhere") in fails([*arguments("sample"), *options], capsys, status=1)
-
-
-@pytest.mark.parametrize("kind", ["folder", "fifo", "device"])
-def test_an_output_that_is_not_a_file_is_not_replaced(folder, checkpoint, capsys, kind):
-    controller, terminal = os.openpty()
-    path = {"device": Path(os.ttyname(terminal))}.get(kind, folder / "flowers.png")
-    {"folder": os.mkdir, "fifo": os.mkfifo}.get(kind, os.stat)(path)
-    mode = path.stat().st_mode
-    options = ["--output", str(path), "--checkpoint", str(checkpoint)]
-    assert f"{path} is not a file" in fails([*arguments("sample"), *options], capsys, status=1)
-    assert path.stat().st_mode == mode
-    os.close(controller)
-    os.close(terminal)
+def test_an_output_that_cannot_be_written_is_named(folder, checkpoint, capsys):
+    Path("taken").mkdir()
+    for output in ("nowhere/flowers.png", "taken"):
+        options = ["--output", output, "--checkpoint", str(checkpoint)]
+        assert output in fails([*arguments("sample"), *options], capsys, status=1)
 
 
 def test_neither_picture_nor_checkpoint_is_replaced_by_the_output(folder, checkpoint, capsys):
-    for output in ("a.png", str(checkpoint)):
+    Path("link.png").symlink_to("a.png")
+    for output in ("a.png", "link.png", str(checkpoint)):
         options = ["--output", output, "--checkpoint", str(checkpoint)]
         assert f"{output} would be replaced" in fails(["similar", "a.png", *options], capsys)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        (["sample", "--count", "0"], "--count: 0 given, 1 to 1000 needed"),
-        (["sample", "--count", "many"], "--count: many given"),
-        (["sample", "--count", "1001"], "--count: 1001 given"),
-        (["sample", "--seed", "-1"], "--seed: -1 given"),
-        (["sample", "--device", "abacus"], "device abacus"),
-        (["sample", "--device", "meta"], "device meta"),
-        (["similar", "a.png", "--spread", "1.1"], "--spread: 1.1 given, 0 to 1 needed"),
-        (["similar", "a.png", "--spread", "nan"], "--spread: nan given"),
-        (["sample", "--from", "nowhere"], "--from: invalid choice: 'nowhere'"),
-        (["explore", "a.png", "b.jpg"], "b.jpg"),
-        (["interpolate", "a.png"], "IMAGE"),
-        (["interpolate", "a.png", "b.jpg", "--steps", "1"], "--steps: 1 given, 2 to 100 needed"),
-        (["traverse", "a.png", "b.jpg"], "b.jpg"),
-        (["similar"], "IMAGE"),
-        (["paint"], "paint"),
-        ([], "COMMAND"),
-    ],
-)
-def test_a_wrong_command_line_is_told_in_one_line(folder, checkpoint, capsys, wrong, named):
-    arguments = [*wrong, "--checkpoint", str(checkpoint)] if len(wrong) > 1 else wrong
-    assert named in fails(arguments, capsys)
-
-
-# Files of others.
 
 
 @pytest.mark.parametrize("command", ["sample", "explore"])
@@ -771,13 +591,53 @@ def test_a_file_of_the_usual_name_is_replaced_only_if_it_was_written_here(
     folder, checkpoint, capsys, command
 ):
     usual = Path("sample.png" if command == "sample" else "explore.html")
-    main([command, "--checkpoint", str(checkpoint)])
-    main([command, "--checkpoint", str(checkpoint)])
+    model = ["--checkpoint", str(checkpoint)]
+    main([command, *model])
+    main([command, *model])
     usual.write_bytes(b"somebody's own")
-    with pytest.raises(SystemExit) as stopped:
-        main([command, "--checkpoint", str(checkpoint)])
-    assert stopped.value.code == 2
-    assert f"{usual} is not this script's: name it with --output" in capsys.readouterr().err
-    assert usual.read_bytes() == b"somebody's own"
-    main([command, "--checkpoint", str(checkpoint), "--output", str(usual)])
+    capsys.readouterr()
+    line = fails([command, *model], capsys)
+    assert f"{usual} is not this script's: name it with --output" in line
+    main([command, *model, "--output", str(usual)])
     assert usual.read_bytes() != b"somebody's own"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        (["sample", "--count", "0"], "--count is 0: 1 to 1000 is needed"),
+        (["similar", "a.png", "--count", "1001"], "--count is 1001: 1 to 1000 is needed"),
+        (["similar", "a.png", "--spread", "1.1"], "--spread is 1.1: 0 to 1 is needed"),
+        (["similar", "a.png", "--spread", "nan"], "--spread is nan: 0 to 1 is needed"),
+        (["traverse", "a.png", "--steps", "101"], "--steps is 101: 2 to 100 is needed"),
+        (["interpolate", "a.png", "b.jpg", "--steps", "1"], "--steps is 1: 2 to 100 is needed"),
+        (["similar"], "the number of pictures is 0: 1 to 1000 is needed"),
+        (["reconstruct"], "the number of pictures is 0: 1 to 1000 is needed"),
+        (["sample", "--device", "abacus"], "device abacus is not available here"),
+        (["sample", "--device", "meta"], "device meta is not available here"),
+        (["sample", "--seed", "99999999999999999999"], "--seed is 99999999999999999999"),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_in_one_line(folder, checkpoint, capsys, wrong, line):
+    assert line in fails([*wrong, "--checkpoint", str(checkpoint)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (["sample", "--count", "many"], "--count"),
+        (["sample", "--from", "nowhere"], "nowhere"),
+        (["explore", "a.png", "b.jpg"], "b.jpg"),
+        (["traverse", "a.png", "b.jpg"], "b.jpg"),
+        (["interpolate", "a.png"], "IMAGES"),
+        (["traverse"], "IMAGE"),
+        (["paint"], "paint"),
+        ([], "similar, sample, reconstruct"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_names_what_is_wrong(folder, capsys, wrong, named):
+    with pytest.raises(SystemExit) as stopped:
+        main(wrong)
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"a.png", "b.jpg"}
