@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.transforms import Compose, Resize, ToTensor
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from torchvision.utils import make_grid
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
@@ -282,13 +282,15 @@ def open_model(
         raise UserError(f"{output} is not this script's: name it with --output to replace it")
     if os.path.realpath(output) in map(os.path.realpath, (checkpoint, *images)):
         raise UserError(f"{output} would be replaced: name another file with --output")
+    check("--seed", settings.seed, 0, 2**32 - 1)
     device = find_device(settings.device)
-    model, config, latents = load_model(checkpoint, device)
-    with torch.inference_mode(), own_random_numbers(device):
-        torch.manual_seed(settings.seed)
+    with own_random_numbers(device):
+        model, config, latents = load_model(checkpoint, device)
         if not latents:
             latents = refit_latents(model, config) if fitted else prior(model)
-        yield model, latents
+        torch.manual_seed(settings.seed)
+        with torch.inference_mode():
+            yield model, latents
     if not settings.checkpoint:
         print(f"drawn by the model in {checkpoint} ({config.get('dataset')})", file=sys.stderr)
 
@@ -303,7 +305,9 @@ def write(content: bytes, settings: Settings, usual: str) -> None:
 
 def refit_latents(model: VAE, config: dict[str, Any]) -> MultivariateNormal:
     """Fit the latents of a run that has not ended, where its pictures are at hand."""
-    pipeline = Compose([Resize(model.image_resolution), ToTensor()])
+    size = model.image_resolution
+    crop = [Resize(min(size)), CenterCrop(size)] if config.get("crop") else [Resize(size)]
+    pipeline = Compose([*crop, ToTensor()])
     try:
         dataset = find_dataset(config["dataset"], config["data_root"], fetch=False)
         return fit_latents(model, InMemory(dataset(split="train", transform=pipeline)).batches())

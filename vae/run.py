@@ -255,6 +255,8 @@ def check_options(options: Any) -> None:
         given, low = getattr(options, name), int(name in one)
         if not low <= given < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {given}: {low} or more is needed")
+    if options.seed >= 2**32:
+        raise UserError(f"--seed is {options.seed}: at most {2**32 - 1} is needed")
     if options.image_size < 8 or options.image_size % 8:
         raise UserError(f"--image-size is {options.image_size}: a multiple of 8 is needed")
 

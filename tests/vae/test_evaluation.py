@@ -1,12 +1,12 @@
 import math
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import seeded
 from scipy.linalg import sqrtm
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -20,14 +20,6 @@ from vae.evaluation import (
 )
 from vae.losses import LIKELIHOODS, ELBOLoss
 from vae.vae import VAE
-
-
-@contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
-    """PyTorch's random numbers follow from ``seed`` inside, and go on afterwards as before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,9 @@
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+from helpers import seeded
 from torch.distributions import MultivariateNormal
 
 from vae.latent import fit_latents, near, prior, spherical_steps, variation_per_dimension
@@ -14,14 +13,6 @@ MEAN = torch.tensor([[3.0, -2.0]])
 """Of one picture's posterior."""
 LATENTS = MultivariateNormal(torch.tensor([1.0, 0.5]), torch.tensor([[2.0, -0.9], [-0.9, 0.5]]))
 DRAWS = 100_000
-
-
-@contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
-    """PyTorch's random numbers follow from ``seed`` inside, and go on afterwards as before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 @pytest.fixture

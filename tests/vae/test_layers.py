@@ -1,8 +1,6 @@
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
+from helpers import seeded
 from torch import nn
 from torch.nn import functional
 
@@ -10,14 +8,6 @@ from vae.layers import Decoder, Encoder, SampleLatent
 
 SIZES = [((32, 32), 3, 10), ((8, 8), 1, 1), ((16, 40), 3, 2), ((40, 16), 4, 3), ((64, 64), 3, 512)]
 BAD_RESOLUTIONS = [(0, 32), (32, -8), (36, 32), (32, 7)]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's random numbers follow from ``seed`` inside, and go on afterwards as before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 # Encoder and decoder.

@@ -1,9 +1,8 @@
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers import seeded
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,14 +29,6 @@ POST_PARAMETERS = {
     "decoder.deconv3.weight": (16, 3, 2, 2),
     "decoder.deconv3.bias": (3,),
 }
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's random numbers follow from ``seed`` inside, and go on afterwards as before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def post_model() -> VAE:

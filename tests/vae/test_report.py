@@ -1,0 +1,302 @@
+import io
+import json
+import platform
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from helpers import (
+    LOSSES,
+    SMALL,
+    read_events,
+    seed_as,
+    seeded,
+    tiles,
+    train_small,
+    write_checkpoint,
+)
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard import SummaryWriter
+
+from datasets.preprocessing import InMemory
+from vae import report
+from vae.evaluation import evaluate, evaluate_samples, pca_squared_error
+from vae.latent import fit_latents
+from vae.losses import ELBOLoss
+from vae.run import Run, load_checkpoint, load_model
+from vae.vae import VAE
+from vae_training import Options
+
+# It looks at the validation split twice, ends with a beta below its final one, and comes so far
+# that samples from the prior differ from those of the fitted latents.
+RUN = {
+    **{"epochs": 20, "learning_rate": 1e-2, "beta": 0.01},
+    **{"beta_schedule": "linear", "warmup_epochs": 20},
+}
+FILES = ("reconstructions.png", "samples.png", "samples_prior.png")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a small run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train_small(folder, **RUN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metrics(run) -> dict[str, Any]:
+    return json.loads((run / "metrics.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def again(run, splits) -> dict[str, Any]:
+    """What the run's report measured and drew, once more, with its random numbers."""
+    model, _, latents = load_model(run / "checkpoint.pt")
+    train, val, test = splits
+    loss = ELBOLoss(RUN["beta"])
+    seed_as(0, RUN["epochs"])
+    with torch.no_grad():
+        return {
+            "train": evaluate(model, train.batches(), loss),
+            "val": evaluate(model, val.batches(), loss),
+            "test": evaluate(model, test.batches(), loss),
+            "samples": evaluate_samples(model, latents, train.batches, test.batches),
+            "pca": pca_squared_error(train.batches, test.batches(), 2),
+            "reconstructions.png": model(test.images(slice(32)))[0],
+            "samples.png": model.decoder(latents.sample((64,))),
+            "samples_prior.png": model.sample(64),
+        }
+
+
+@pytest.fixture
+def model(tmp_path) -> VAE:
+    """A model whose latents are not where the prior is, and whose pictures differ."""
+    with seeded():
+        model = VAE((8, 8), 2, 3).eval().requires_grad_(False)
+        write_checkpoint(tmp_path / "checkpoint.pt", model)
+    model.encoder.fcm.bias.copy_(torch.tensor([3.0, -2.0]))
+    model.encoder.fcv.bias.fill_(-3)
+    return model
+
+
+def pictures_of(count: int, dataset: type = list) -> InMemory:
+    """Random pictures with labels that count down to 0."""
+    images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(count))
+    return InMemory(dataset(zip(images, reversed(range(count)), strict=True)), progress=False)
+
+
+def as_pixels(pictures: torch.Tensor) -> np.ndarray:
+    """Images in [0, 1], [batch, channels, height, width], as a picture file has them."""
+    return pictures.movedim(1, -1).numpy() * 255
+
+
+def read_tiles(png: bytes) -> np.ndarray:
+    """The pictures in a grid, [count, height, width, channels]."""
+    return tiles(np.asarray(Image.open(io.BytesIO(png)))).reshape(-1, 8, 8, 3).astype(float)
+
+
+# The look at the validation split.
+
+
+def look(model: VAE, splits: report.Splits, folder: Path, epochs=(9,)) -> dict[str, list]:
+    """What ``write_validation`` writes, by tag."""
+    with SummaryWriter(folder) as writer, seeded(3):
+        for epoch in epochs:
+            report.write_validation(writer, model, ELBOLoss(0.1), splits, epoch)
+    return read_events(folder)["."]
+
+
+def test_the_look_measures_the_validation_split_and_draws_samples(model, splits, tmp_path):
+    events = look(model, splits, tmp_path)
+    with seeded(3):
+        expected = evaluate(model, splits[1].batches(), ELBOLoss(0.1))
+        latents = fit_latents(model, splits[0].batches())
+        samples = {"samples": model.decoder(latents.sample((16,))), "samples_prior": None}
+        samples["samples_prior"] = model.sample(16)
+    for name in report.COMPARED:
+        assert events[f"validation/{name}"] == [(9, pytest.approx(expected[name]))]
+    reader = EventAccumulator(str(tmp_path), {HISTOGRAMS: 0}).Reload()
+    (histogram,) = reader.Histograms("validation/kl_per_dimension")
+    assert histogram.histogram_value.num == 2
+    assert histogram.histogram_value.sum == pytest.approx(expected["kl"], rel=1e-5)
+    for tag, pictures in samples.items():
+        ((step, png),) = events[tag]
+        assert step == 9
+        # TensorBoard rounds down, by one step of grey at most.
+        assert np.abs(read_tiles(png) - as_pixels(pictures)).max() <= 1.01
+
+
+def test_the_look_comes_every_ten_epochs_and_beta_every_epoch(model, splits, tmp_path):
+    events = look(model, splits, tmp_path, range(31))
+    for tag in ("validation/kl", "samples", "samples_prior", "test_pairs"):
+        assert [step for step, _ in events[tag]] == [9, 19, 29]
+    assert events["schedule/beta"] == [(epoch, pytest.approx(0.1)) for epoch in range(31)]
+
+
+def test_weights_that_are_not_finite_are_left_to_the_checkpoint_to_refuse(model, splits, tmp_path):
+    model.decoder.fc.bias[0] = float("nan")
+    assert look(model, splits, tmp_path).keys() == {"schedule/beta"}
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(34, range(0, 32, 2)), (100, range(0, 96, 6)), (8, range(8))]
+)
+def test_odd_rows_are_test_pictures_and_even_rows_their_reconstructions(model, count, shown):
+    pictures = pictures_of(count)
+    originals = pictures.images(torch.tensor(shown))
+    with seeded(5):
+        grid = tiles(report.test_pairs(model, pictures, 16).movedim(0, -1).numpy())
+    with seeded(5):
+        reconstructions = model(originals)[0]
+    assert grid.shape[:2] == (len(shown) // 4, 8)
+    for first, expected in enumerate((originals, reconstructions)):
+        seen = grid[first::2].reshape(-1, 8, 8, 3)
+        assert seen == pytest.approx(expected.movedim(1, -1).numpy(), abs=1e-6)
+
+
+# The files of a run.
+
+
+def test_the_metrics_are_of_the_whole_splits(metrics, again):
+    for split in ("train", "val", "test"):
+        assert metrics[split].keys() == again[split].keys()
+        for name, value in metrics[split].items():
+            assert value == pytest.approx(again[split][name], rel=1e-4), name
+    assert metrics["pca"] == {"components": 2, "test": pytest.approx(again["pca"], rel=1e-4)}
+    for name, values in again["samples"].items():
+        assert metrics["samples"][name] == pytest.approx(values, rel=1e-4)
+
+
+def test_the_metrics_are_at_the_final_beta_and_not_at_the_last_epochs(run, metrics):
+    assert read_events(run)["."]["schedule/beta"][-1] == (19, pytest.approx(0.01 * 19 / 20))
+    losses = metrics["test"]
+    expected = losses["reconstruction_loss"] + 0.01 * losses["kl"]
+    assert losses["total_loss"] == pytest.approx(expected, rel=1e-7)
+
+
+def test_the_metrics_say_what_was_run(run, metrics):
+    model, config, _ = load_model(run / "checkpoint.pt")
+    assert metrics["config"] == config
+    assert (metrics["dataset"], metrics["epochs"], metrics["device"]) == ("small", 20, "cpu")
+    assert metrics["parameters"] == sum(weight.numel() for weight in model.parameters())
+    own = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    assert metrics["versions"] == own | {"python": platform.python_version()}
+    assert 0 < metrics["seconds"] < 600
+
+
+def test_the_pictures_are_pairs_of_test_pictures_and_64_samples_of_each_kind(run, again, splits):
+    shown = {name: read_tiles((run / name).read_bytes()) for name in FILES}
+    pairs = shown["reconstructions.png"].reshape(4, 2, 8, 8, 8, 3)
+    assert np.array_equal(pairs[:, 0].reshape(32, 8, 8, 3), splits[2].pixels[:32])
+    shown["reconstructions.png"] = pairs[:, 1].reshape(32, 8, 8, 3)
+    for name in FILES:
+        assert np.abs(shown[name] - as_pixels(again[name])).max() <= 0.51
+
+
+def test_the_checkpoint_has_the_latents_fitted_to_the_training_pictures(run, splits):
+    model, _, latents = load_model(run / "checkpoint.pt")
+    expected = fit_latents(model, splits[0].batches())
+    assert latents.mean == pytest.approx(expected.mean, rel=1e-4)
+    assert latents.covariance_matrix == pytest.approx(expected.covariance_matrix, rel=1e-4)
+    assert load_checkpoint(run / "checkpoint.pt")["epoch"] == 20
+
+
+# TensorBoard.
+
+
+def test_the_tags_begin_with_the_posts(run):
+    events = read_events(run)
+    assert all([*events.pop(f"loss_{name}")] == ["loss"] for name in LOSSES)
+    assert [*events] == ["."]
+    compared = sorted(report.COMPARED)
+    assert sorted(events["."]) == [  # as TensorBoard sorts them
+        *("originals", "reconstructions", "samples", "samples_prior", "schedule/beta"),
+        *(f"test/{name}" for name in compared),
+        "test_pairs",
+        *(f"validation/{name}" for name in compared),
+    ]
+
+
+def test_hparams_hold_the_experiment_and_the_scores_of_the_test_split(run, metrics):
+    reader = EventAccumulator(str(run)).Reload()
+    content = reader.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    start = HParamsPluginData.FromString(content).session_start_info
+    shown = {
+        name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()
+    }
+    free = {"data_root", "device", "checkpoint_every"}
+    assert shown == {
+        name: value for name, value in vars(Options(**SMALL | RUN)).items() if name not in free
+    }
+    for name in report.COMPARED:
+        ((_, score),) = read_events(run)["."][f"test/{name}"]
+        assert score == pytest.approx(metrics["test"][name])
+
+
+class Named(list):
+    """A data set whose labels have names."""
+
+    classes: ClassVar[list[str]] = [f"species {label}" for label in range(34)]
+
+
+@pytest.mark.parametrize(("dataset", "name"), [(list, "{}"), (Named, "species {}")])
+def test_the_projector_shows_each_test_picture_with_its_own_species(model, tmp_path, dataset, name):
+    test = pictures_of(34, dataset)
+    with SummaryWriter(tmp_path) as writer:
+        report.write_latents(writer, model, test, epoch=1)
+    folder = tmp_path / "00001" / "test_latents"
+    species = (folder / "metadata.tsv").read_text().splitlines()
+    assert species == [name.format(label) for label in test.labels]
+    latents = np.loadtxt(folder / "tensors.tsv", delimiter="\t")
+    assert latents == pytest.approx(model.encoder(test.images(slice(None)))[0].numpy(), abs=1e-5)
+    sprite = np.asarray(Image.open(folder / "sprite.png"))
+    thumbnails = sprite.reshape(6, 8, 6, 8, 3).swapaxes(1, 2).reshape(36, 8, 8, 3)[:34]
+    assert np.abs(thumbnails - test.pixels.numpy().astype(int)).max() <= 1
+
+
+def test_the_projector_shows_five_hundred_pictures_from_all_over_at_most(model, tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        report.write_latents(writer, model, pictures_of(2500), epoch=3)
+    species = (tmp_path / "00003" / "test_latents" / "metadata.tsv").read_text().split()
+    assert species == [str(label) for label in range(2499, 0, -5)]
+
+
+# The first and the last words.
+
+
+def test_the_opening_says_on_what_and_where_and_from_which_epoch(model, splits, tmp_path):
+    run = Run(Options(**SMALL), tmp_path)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    assert report.opening(run, model, splits, 0) == (
+        "small: 20 training, 6 validation and 34 test pictures of 8x8\n"
+        f"A VAE of {parameters:,} parameters is trained for 3 epochs on cpu\n"
+        f"Its folder: {tmp_path}"
+    )
+    assert "goes on at epoch 2 of 3 epochs" in report.opening(run, model, splits, 2)
+
+
+def test_the_summary_says_how_good_the_model_is_and_where_to_look():
+    errors = {"squared_error": 81.26, "squared_error_mean": 75.04, "psnr": 16.25}
+    metrics = {
+        **{"dataset": "flowers102", "epochs": 500, "seconds": 65.4},
+        "test": errors | {"kl": 12.34, "active_units": 9},
+        "pca": {"components": 10, "test": 90.0},
+        "samples": {"frechet": {"reconstructions": 7.24, "fitted": 9.46, "prior": 18.05}},
+    }
+    assert report.summary(metrics, Path("my runs/first")) == (
+        "Test pictures of flowers102: squared error 81.3 per image (75.0 through the mean, "
+        "PSNR 16.2 dB), KL 12.3 nats, 9 active latent dimensions.\n"
+        "PCA with 10 components: 90.0; the model is 8.7 better.\n"
+        "Fréchet distance of new pictures to the test pictures (lower is better): drawn from the "
+        "fitted latents 9.5, from the prior 18.1; reconstructions have 7.2.\n"
+        "500 epochs in 65 s. Pictures, metrics and the model are in my runs/first\n"
+        "Look at the run with: tensorboard --logdir 'my runs'"
+    )
+    metrics["pca"]["test"] = 80.0
+    assert "the model is 1.3 worse.\n" in report.summary(metrics, Path("my runs/first"))
