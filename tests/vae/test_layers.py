@@ -6,27 +6,10 @@ from torch.nn import functional
 
 from vae.layers import Decoder, Encoder, SampleLatent
 
-SIZES = [((32, 32), 3, 10), ((8, 8), 1, 1), ((16, 40), 3, 2), ((40, 16), 4, 3), ((64, 64), 3, 512)]
 BAD_RESOLUTIONS = [(0, 32), (32, -8), (36, 32), (32, 7)]
 
 
 # Encoder and decoder.
-
-
-@pytest.mark.parametrize(("resolution", "channels", "latent_size"), SIZES)
-def test_the_encoder_gives_a_mean_and_a_log_variance_for_each_image(
-    resolution, channels, latent_size
-):
-    encoder = Encoder(resolution, channels, latent_size)
-    mean, log_var = encoder(torch.rand(2, channels, *resolution))
-    assert mean.shape == log_var.shape == (2, latent_size)
-
-
-@pytest.mark.parametrize(("resolution", "channels", "latent_size"), SIZES)
-def test_the_decoder_gives_an_image_in_0_to_1_for_each_latent(resolution, channels, latent_size):
-    image = Decoder(resolution, channels, latent_size)(100 * torch.randn(2, latent_size))
-    assert image.shape == (2, channels, *resolution)
-    assert 0 <= image.min() <= image.max() <= 1
 
 
 @pytest.mark.parametrize("block", [Encoder, Decoder])
@@ -81,11 +64,6 @@ def test_the_noise_is_drawn_on_the_inputs_device():
     # Tensors on "meta" have a shape and no values; they mix with no other device.
     zeros = torch.zeros(5, 3, device="meta")
     assert SampleLatent(3)(zeros, zeros).device.type == "meta"
-
-
-def test_each_sample_draws_noise_of_its_own():
-    zeros, sample = torch.zeros(5, 3), SampleLatent(3)
-    assert not torch.equal(sample(zeros, zeros), sample(zeros, zeros))
 
 
 @pytest.mark.parametrize(

@@ -47,15 +47,6 @@ def test_a_small_kl_keeps_its_digits_in_float32():
     torch.testing.assert_close(kl.double(), expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("log_var", [-50.0, -20.0, 20.0, 50.0])
-def test_extreme_log_variances_have_finite_kl_and_gradients(log_var):
-    log_var = torch.full((2, 3), log_var, requires_grad=True)
-    kl = ELBOLoss(1).kl_loss(torch.zeros(2, 3), log_var)
-    kl.backward()
-    assert kl.isfinite()
-    assert log_var.grad.isfinite().all()
-
-
 # Reconstruction loss.
 
 
@@ -145,16 +136,6 @@ def test_the_loss_is_what_a_loop_by_hand_gives(likelihood):
     assert beta == 0.3
     expected = loss_by_hand(*arguments, 0.3, likelihood)
     assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_float32_gives_the_float64_loss_to_rounding(likelihood):
-    arguments = images(0), images(1), latents(2), latents(3)
-    _, *losses = ELBOLoss(0.3, likelihood)(*(value.float() for value in arguments))
-    _, *expected = ELBOLoss(0.3, likelihood)(*arguments)
-    for loss, value in zip(losses, expected, strict=True):
-        assert loss.dtype == torch.float32
-        torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=1e-5)
 
 
 def test_beta_can_be_assigned_anew():

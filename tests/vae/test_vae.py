@@ -76,10 +76,6 @@ def post_losses(
 # The post's network.
 
 
-def test_the_posts_model_has_65831_parameters():
-    assert sum(parameter.numel() for parameter in post_model().parameters()) == 65_831
-
-
 def test_parameters_have_the_posts_names_shapes_and_order():
     state = {name: tuple(value.shape) for name, value in post_model().state_dict().items()}
     assert list(state.items()) == list(POST_PARAMETERS.items())
@@ -147,15 +143,6 @@ def test_each_resolution_channel_count_and_latent_size_is_honoured(
 
 def test_sizes_come_in_the_posts_order():
     assert VAE((16, 24), 5, 3).encoder.fcm.weight.shape == (5, 64 * 2 * 3)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [(((30, 32), 10, 3), "resolution is 30x32"), (((32, 32), 0, 3), "latent_size is 0")],
-)
-def test_a_model_that_cannot_be_built_is_refused(sizes, message):
-    with pytest.raises(ValueError, match=message):
-        VAE(*sizes)
 
 
 def test_images_with_height_and_width_swapped_are_refused_by_the_loss():
@@ -226,10 +213,3 @@ def test_with_batch_norm_an_images_reconstruction_depends_on_its_batch_in_traini
     assert not torch.allclose(model.reconstruct(x)[:2], model.reconstruct(x[:2]))
     model.eval()
     torch.testing.assert_close(model.reconstruct(x)[:2], model.reconstruct(x[:2]))
-
-
-def test_with_batch_norm_a_batch_of_one_picture_trains():
-    model = VAE((8, 8), 4, 3, batch_norm=True)
-    x = torch.rand(1, 3, 8, 8)
-    ELBOLoss(0.1)(x, *model(x))[-1].backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
