@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = read()
         folder = folder_of(command)
         if command.resume or command.preset == "best":  # read once more, with other defaults
-            start = Options(**saved_options(folder)) if command.resume else BEST
+            start = saved_options(Options, folder) if command.resume else BEST
             command = read(default=Command(start))
         _, metrics = train(command.experiment, folder, bool(command.resume))
         print(summary(metrics, folder))

@@ -95,6 +95,7 @@ def train_setting(options: Options, folder: Path) -> dict[str, Any]:
 def report(results: dict[str, Runs]) -> str:
     """Return the table, and how its numbers were made."""
     first = results["the post"][0]
+    pca = first["pca"]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     rows = []
     for name in SETTINGS:
@@ -107,7 +108,7 @@ def report(results: dict[str, Runs]) -> str:
 {len(results["the post"])} seeds each (mean ± standard deviation), one thread a run; {versions}.
 
 - *Error*: squared error per picture, summed over its values, z sampled. PCA with
-  {first["pca"]["components"]} components has {first["pca"]["test"]:.1f} on the test split at 32x32;
+  {pca["components"]} components has {pca["squared_error"]:.1f} on the test split at 32x32;
   at 64x64 there are four times as many values.
 - *Samples*: Fréchet distance of as many new pictures as the test split has to the test pictures,
   drawn from the Gaussian fitted to the training pictures' latents, or from the prior. Lower is
@@ -139,9 +140,11 @@ def plot_errors(results: dict[str, Runs], figure: Figure) -> None:
         errors = [COLUMNS["error, test"](run) / factor for run in results[name]]
         axes.plot(errors, [row] * len(errors), "o", color="tab:blue", alpha=0.7)
     pca = results["the post"][0]["pca"]
-    axes.axvline(pca["test"], color="tab:red", linestyle="--")
+    axes.axvline(pca["squared_error"], color="tab:red", linestyle="--")
     label = f"PCA, {pca['components']} components"
-    axes.text(pca["test"], 1.01, label, color="tab:red", transform=axes.get_xaxis_transform())
+    axes.text(
+        pca["squared_error"], 1.01, label, color="tab:red", transform=axes.get_xaxis_transform()
+    )
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("squared error per test picture (z sampled; sum over 3,072 values)")
@@ -173,7 +176,13 @@ def plot_sizes(results: dict[str, Runs], figure: Figure) -> None:
     names = [f"{size} dimensions" for size in sizes]
     post = [results["the post" if size == 10 else f"{size} dimensions"] for size in sizes]
     best = [results[f"{name}, best"] for name in names]
-    axes.plot(sizes, [runs[0]["pca"]["test"] for runs in post], "s--", color="tab:red", label="PCA")
+    axes.plot(
+        sizes,
+        [runs[0]["pca"]["squared_error"] for runs in post],
+        "s--",
+        color="tab:red",
+        label="PCA",
+    )
     for label, rows in (("the post's setting", post), ("the best setting, as long", best)):
         axes.plot(sizes, [mean(runs, "error, test") for runs in rows], "o-", label=label)
     axes.set_xscale("log")

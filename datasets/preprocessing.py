@@ -143,7 +143,9 @@ class InMemory(Dataset):
                     f"{list(values.shape)}, others {list(self.pixels.shape[1:])}: the transform "
                     "needs to make them alike"
                 )
-            self.pixels[i], labels[i], read[i] = values, label, True
+            # NumPy's numbers become Python's, which the cache gives back as they were.
+            labels[i] = label.item() if isinstance(label, np.generic) else label
+            self.pixels[i], read[i] = values, True
 
         first = 0
         while first < len(dataset) and not self.pixels.shape[1]:  # one tells the shape of all

@@ -1,43 +1,69 @@
 """kill -9 and full disks: what was there stays whole, and a resumed run ends as it would have."""
 
+import contextlib
+import io
 import multiprocessing
+import os
 import random
 import resource
 import signal
-import sys
-import threading
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
-from conftest import make_splits
-from helpers import assert_same_run
+from conftest import SmallPictures
+from helpers import SMALL, assert_same_run
+from torchvision.transforms import ToTensor
 
-from datasets import preprocessing
-from vae.training.checkpoint import replace_atomically
-from vae.training.command_line import leave_to_main
-from vae.training.options import Options
-from vae_training import train
+from datasets import DATASETS, preprocessing
+from datasets.preprocessing import InMemory
+from vae.run import load_model
+from vae_training import main
 
-DISK_FULL = 28
-OPTIONS = Options(
-    epochs=12, image_size=8, batch_size=16, checkpoint_every=1, augment=True, device="cpu"
-)
+EPOCHS = 12
 
 
-def run(folder: Path, start: str, options: Options = OPTIONS, file_size: int | None = None) -> None:
-    """Train in a process of its own; no file may grow over ``file_size`` bytes."""
+class ManyPictures(SmallPictures):
+    """Enough that an epoch takes longer than its checkpoint."""
+
+    sizes: ClassVar[dict[str, int]] = {"train": 64, "val": 6, "test": 34}
+
+
+def prepare(folder: Path) -> None:
+    """What conftest.py does for the tests' own process."""
     torch.set_num_threads(1)
+    DATASETS["many"] = ManyPictures
+    preprocessing.CACHE_FOLDER = folder.parent / f"{folder.name}-cache"
+
+
+def run(folder: Path, resume=False, epochs=EPOCHS, file_size=None, kill_at=None, said=None) -> None:
+    """Train in a process of its own.
+
+    No file may grow over ``file_size`` bytes; the process kills itself where a file would replace
+    another for the time ``kill_at``, counted from 1; ``said`` is sent what goes to the terminal.
+    """
+    prepare(folder)
+    options = SMALL | {"dataset": "many", "batch_size": 16, "epochs": epochs}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    arguments += ["--augment", "--checkpoint-every=1", f"--log-dir={folder.parent}"]
+    arguments += [f"--{'resume' if resume else 'run-name'}={folder.name}"]
     if file_size is not None:
-        threading.excepthook = leave_to_main
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if kill_at is not None:
+        replace, calls = os.replace, iter(range(1, kill_at))
+        os.replace = lambda *paths: (
+            replace(*paths) if next(calls, None) else os.kill(os.getpid(), signal.SIGKILL)
+        )
+    errors = io.StringIO()
     try:
-        train(options, make_splits(train=64), folder, start, progress=False)
-    except OSError:
-        sys.exit(DISK_FULL)
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            main(arguments)
+    finally:
+        if said is not None:
+            said.send(errors.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +76,46 @@ def processes():
 
 
 @pytest.fixture(scope="module")
-def reference(processes, tmp_path_factory) -> tuple[Path, float]:
-    """The folder of a run that nothing stopped, and how long it took."""
-    for name in ("warm", "timed"):
-        folder = tmp_path_factory.mktemp(name)
-        process = processes.Process(target=run, args=(folder, "new"))
-        started = time.perf_counter()
+def end(processes):
+    """Call a function in a process of its own; return its exit status."""
+
+    def end(function: Callable[..., None], *arguments, **options) -> int:
+        process = processes.Process(target=function, args=arguments, kwargs=options)
         process.start()
         process.join()
-        assert process.exitcode == 0
+        return process.exitcode
+
+    return end
+
+
+@pytest.fixture(scope="module")
+def reference(end, tmp_path_factory) -> tuple[Path, float]:
+    """The folder of a run that nothing stopped, and how long it took."""
+    for name in ("warm", "timed"):
+        folder = tmp_path_factory.mktemp(name) / "run"
+        started = time.perf_counter()
+        assert end(run, folder) == 0
     return folder, time.perf_counter() - started
 
 
+def goes_on(folder: Path, end) -> None:
+    """Resume a killed run, or begin again where it had not come to its first checkpoint."""
+    resume = (folder / "checkpoint.pt").exists()
+    if resume:
+        load_model(folder / "checkpoint.pt")  # it is whole
+    assert end(run, folder, resume) == 0
+
+
 @pytest.mark.kill
-@pytest.mark.parametrize("seed", range(30))
-def test_a_killed_run_ends_as_if_it_had_not_been(seed, processes, reference, tmp_path):
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
+    seed, processes, end, reference, tmp_path
+):
     expected, duration = reference
     moment = random.Random(seed).uniform(0.05, 1.0) * duration
     for attempt in range(10):
         folder = tmp_path / str(attempt)
-        process = processes.Process(target=run, args=(folder, "new"))
+        process = processes.Process(target=run, args=(folder,))
         process.start()
         time.sleep(moment)
         process.kill()
@@ -78,52 +124,48 @@ def test_a_killed_run_ends_as_if_it_had_not_been(seed, processes, reference, tmp
             break
         moment /= 2  # The run had ended already.
     assert process.exitcode == -signal.SIGKILL
-
-    # Killed before its first checkpoint, a run has to begin again.
-    start = "resume" if (folder / "checkpoint.pt").exists() else "overwrite"
-    process = processes.Process(target=run, args=(folder, start))
-    process.start()
-    process.join()
-
-    assert process.exitcode == 0
+    goes_on(folder, end)
     assert_same_run(folder, expected)
-    assert not list(folder.glob(".*.unfinished"))
+
+
+# The first checkpoint, a later one, the last one, metrics.json, a picture, the fitted latents.
+@pytest.mark.parametrize("kill_at", [1, 5, EPOCHS, EPOCHS + 1, EPOCHS + 3, EPOCHS + 5])
+def test_a_run_killed_while_it_writes_a_file_ends_as_if_it_had_not_been(
+    kill_at, end, reference, tmp_path
+):
+    folder = tmp_path / "run"
+    assert end(run, folder, kill_at=kill_at) == -signal.SIGKILL
+    goes_on(folder, end)
+    assert_same_run(folder, reference[0])
 
 
 @pytest.mark.parametrize("file_size", [0, 1000, 100_000])
-def test_a_full_disk_leaves_the_checkpoint_before_it_whole(
-    file_size, processes, reference, tmp_path
-):
-    def end(options: Options, start: str, file_size: int | None = None) -> int:
-        process = processes.Process(target=run, args=(tmp_path, start, options, file_size))
-        process.start()
-        process.join()
-        return process.exitcode
+def test_a_full_disk_is_one_line_and_loses_nothing(file_size, processes, end, reference, tmp_path):
+    folder = tmp_path / "run"
+    assert end(run, folder, epochs=3) == 0
+    before = (folder / "checkpoint.pt").read_bytes()
+    receiver, said = processes.Pipe(duplex=False)
+    assert end(run, folder, True, file_size=file_size, said=said) == 1
+    *_, last = receiver.recv().splitlines()
+    assert last.startswith("error: [Errno 27] File too large")
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert not list(folder.glob(".*.unfinished"))
+    # Its first report, at three epochs, has points and pictures of its own in TensorBoard.
+    assert end(run, folder, True) == 0
+    ours, others = (load_model(each / "checkpoint.pt")[0] for each in (folder, reference[0]))
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, others.state_dict()[name]), name
 
-    assert end(replace(OPTIONS, epochs=3), "new") == 0
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    assert end(OPTIONS, "resume", file_size) == DISK_FULL
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert not list(tmp_path.glob(".*.unfinished"))
-    assert end(OPTIONS, "resume") == 0
-    assert_same_run(tmp_path, reference[0])
 
-
-def write_more_than_fits(path: Path) -> None:
+def keep_more_than_fits(folder: Path) -> None:
+    prepare(folder)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    with pytest.raises(OSError), replace_atomically(path) as file:
-        file.write(bytes(5000))
-    preprocessing.CACHE_FOLDER = path.parent
-    with pytest.warns(UserWarning, match="not kept for the next run"):
-        preprocessing.compute_once("pictures", "0" * 64, lambda: np.zeros((9, 8, 8, 3), np.uint8))
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        assert len(InMemory(SmallPictures(transform=ToTensor()), progress=False)) == 20
+    assert "warning: pictures are not kept for the next run: " in errors.getvalue()
+    assert not list(preprocessing.CACHE_FOLDER.iterdir())
 
 
-def test_a_full_disk_leaves_pictures_metrics_and_cache_as_they_were(processes, tmp_path):
-    path = tmp_path / "samples.png"
-    path.write_bytes(b"before")
-    process = processes.Process(target=write_more_than_fits, args=(path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    assert path.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_full_disk_keeps_no_half_of_the_pictures(end, tmp_path):
+    assert end(keep_more_than_fits, tmp_path / "run") == 0

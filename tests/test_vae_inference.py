@@ -2,9 +2,10 @@ import io
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import vae_inference
 from datasets.folder import PictureFolder
 from datasets.preprocessing import InMemory, read_picture
 from vae.latent import fit_latents, near, prior, spherical_steps, variation_per_dimension
-from vae.run import load_checkpoint, load_model, save_checkpoint
+from vae.run import load_model
 from vae.vae import VAE
 from vae_inference import draw_grid, main
 
@@ -65,14 +66,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-class Grid(NamedTuple):
-    """What a command draws."""
-
-    images: Tensor
-    columns: int
-    captions: list[str]
-    rows: list[str]
-    marks: list[float]
+# What a command draws.
+Grid = namedtuple("Grid", "images columns captions rows marks")
 
 
 @pytest.fixture
@@ -126,11 +121,6 @@ def test_each_command_writes_one_file_prints_its_path_and_repeats_exactly(
     assert Path("again").read_bytes() == Path(name).read_bytes()
 
 
-def test_another_seed_draws_other_flowers(draw):
-    for line in ("similar a.png", "sample"):
-        assert not torch.equal(draw(line).images, draw(f"{line} --seed 1").images)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_models_of_grey_or_colour_with_batch_norm_and_of_any_shape_draw(draw, channels):
     path = write_small("run/checkpoint.pt", shape=((24, 40), 4, channels, True))
@@ -167,14 +157,11 @@ def test_similar_draws_picture_reconstruction_and_flowers_near_it(draw, model, l
             z = near(mean, latents, 3, 0.6)
             expected += [x, model.decoder(torch.cat((mean, z)))]
     assert torch.equal(grid.images, torch.cat(expected))
-    assert grid.columns == 5
-    assert grid.captions == ["picture", "reconstruction", "new flowers"]
+    assert (grid.columns, grid.captions) == (5, ["picture", "reconstruction", "new flowers"])
 
 
 @pytest.mark.parametrize("source", ["", "--from data", "--from prior"])
-def test_sample_draws_from_where_the_training_pictures_are_or_from_the_prior(
-    draw, model, latents, source
-):
+def test_sample_draws_from_where_the_pictures_are_or_from_the_prior(draw, model, latents, source):
     grid = draw(f"sample {source} --count 7 --seed 3")
     with seeded(3):
         z = (prior(model) if "prior" in source else latents).sample((7,))
@@ -193,19 +180,14 @@ def test_reconstruct_draws_pairs(draw, model):
     a, b = map(photograph, ("a.png", "b.jpg"))
     expected = torch.cat((a, model.reconstruct(a), b, model.reconstruct(b)))
     assert torch.allclose(grid.images, expected, atol=1e-6)
-    assert grid.columns == 2
-    assert grid.captions == ["picture", "reconstruction"]
+    assert (grid.columns, grid.captions) == (2, ["picture", "reconstruction"])
 
 
-def test_interpolate_draws_the_arc_between_two_reconstructions_between_the_two_pictures(
-    draw, model
-):
+def test_interpolate_draws_the_arc_between_two_reconstructions_and_the_pictures(draw, model):
     grid = draw("interpolate a.png b.jpg --steps 4")
     a, b = map(photograph, ("a.png", "b.jpg"))
     z = spherical_steps(model.encoder(a)[0], model.encoder(b)[0], 4)
     assert torch.equal(grid.images, torch.cat((a, model.decoder(z), b)))
-    assert torch.allclose(grid.images[1], model.reconstruct(a)[0], atol=1e-5)
-    assert torch.allclose(grid.images[-2], model.reconstruct(b)[0], atol=1e-5)
     assert grid.captions == ["from", "reconstruction", "", "", "reconstruction", "to"]
     assert grid.columns == 6
 
@@ -224,22 +206,11 @@ def test_traverse_moves_one_dimension_in_each_row_the_largest_share_first(draw, 
             assert torch.allclose(image, model.decoder(z)[0], atol=1e-6)
     own = (mean[0] - latents.mean) / latents.stddev
     assert grid.rows == [f"z{i} ({shares[i]:.0%})\nis {own[i]:.2f} sd" for i in order]
+    # From the middle of column -3 to that of column 3.
+    assert grid.marks == pytest.approx((3.5 + own[order].clamp(-3, 3) * 2 / 3).tolist())
+    assert own.min() < 3 < own.max()
     assert grid.captions == ["reconstruction", "-3 sd", "-1.5 sd", "0 sd", "1.5 sd", "3 sd"]
     assert grid.columns == 6
-
-
-def test_traverse_marks_the_pictures_own_value_between_the_columns(draw, checkpoint):
-    known = load_checkpoint(checkpoint)
-    known["model"]["encoder.fcm.weight"].zero_()
-    known["model"]["encoder.fcm.bias"] = torch.tensor([-5.0, 1.0, 3.0, 17.0])
-    known["latents"] = {"mean": torch.ones(4), "covariance": 4 * torch.eye(4)}
-    save_checkpoint(known, Path("known.pt"))
-    grid = draw("traverse a.png --steps 7", "known.pt")
-    # In standard deviations -3, 0, 1 and 8. The first column's middle is 0.5, that of -3 is 1.5,
-    # and that of 3, 7.5.
-    expected = {"z0": 1.5, "z1": 4.5, "z2": 5.5, "z3": 7.5}
-    marks = {row[:2]: mark for row, mark in zip(grid.rows, grid.marks, strict=True)}
-    assert marks == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 24), (24, 16)])
@@ -254,65 +225,56 @@ def test_crop_takes_the_middle_in_the_models_shape_and_squeezes_nothing(draw, sh
     assert torch.equal(squeezed, Compose([Resize(shape), ToTensor()])(image))
 
 
-def test_a_model_of_grey_pictures_sees_and_shows_them_grey(draw):
+def test_a_model_of_grey_pictures_sees_them_grey(draw):
     x = draw("reconstruct a.png", write_small("grey.pt", shape=((16, 16), 4, 1))).images[0]
     grey = read_picture(Path("a.png")).convert("L")
     assert torch.equal(x, Compose([Resize((16, 16)), ToTensor()])(grey))
-    pixels = read(Path("reconstruct.png").read_bytes())
-    assert np.array_equal(pixels[place(0, top=20)], enlarged(x.expand(3, -1, -1)))
 
 
 # The grid
-
-
-@pytest.fixture
-def noise() -> Tensor:
-    """Six pictures."""
-    with seeded():
-        return torch.rand(6, 3, 16, 16)
 
 
 def read(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
-def test_a_grid_shows_its_pictures_row_by_row_enlarged_smoothly_and_ends_white(noise):
-    pixels = read(draw_grid(noise, 4))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_shows_its_pictures_row_by_row_enlarged_smoothly_and_ends_white(channels):
+    images = torch.rand(6, channels, 16, 16)
+    pixels = read(draw_grid(images, 4))
     assert pixels.shape == (2 * (CELL + GAP) + GAP, 4 * (CELL + GAP) + GAP, 3)
-    for i, image in enumerate(noise):
-        assert np.array_equal(pixels[place(i % 4, i // 4)], enlarged(image))
+    for i, image in enumerate(images):
+        assert np.array_equal(pixels[place(i % 4, i // 4)], enlarged(image.expand(3, -1, -1)))
     assert all((pixels[place(column, 1)] == 255).all() for column in (2, 3))
 
 
-def test_a_picture_is_enlarged_by_a_whole_number_to_128_pixels_or_more():
-    for size, shown in [((8, 8), (128, 128)), ((24, 40), (144, 240)), ((200, 160), (200, 160))]:
-        pixels = read(draw_grid(torch.rand(2, 3, *size), 1))
-        assert pixels.shape == (2 * shown[0] + 3 * GAP, shown[1] + 2 * GAP, 3)
+@pytest.mark.parametrize(("size", "shown"), [((24, 40), (144, 240)), ((200, 160), (200, 160))])
+def test_a_picture_is_enlarged_by_a_whole_number_to_128_pixels_or_more(size, shown):
+    pixels = read(draw_grid(torch.rand(2, 3, *size), 1))
+    assert pixels.shape == (2 * shown[0] + 3 * GAP, shown[1] + 2 * GAP, 3)
 
 
-def dark(pixels: np.ndarray) -> np.ndarray:
-    return (pixels < 128).all(axis=-1)
-
-
-def test_captions_stand_above_their_columns_and_labels_to_the_left_of_their_rows(noise):
+def test_captions_stand_above_their_columns_and_labels_to_the_left_of_their_rows():
+    images = torch.rand(6, 3, 16, 16)
     for column, row in [(0, 0), (2, 1)]:
         captions, rows = ["", "", ""], ["", ""]
         captions[column], rows[row] = "flower", "z12 (100%)\nis -12.34"
-        pixels = read(draw_grid(noise, 3, captions, rows))
-        for i, image in enumerate(noise):
+        pixels = read(draw_grid(images, 3, captions, rows))
+        dark = (pixels < 128).all(axis=-1)
+        for i, image in enumerate(images):
             assert np.array_equal(pixels[place(i % 3, i // 3, 90, 20)], enlarged(image))
         lines, columns = place(column, row, 90, 20)
-        _, x = np.nonzero(dark(pixels[:20]))
+        _, x = np.nonzero(dark[:20])
         assert columns.start < x.min() < x.max() < columns.stop
         assert x.min() + x.max() == pytest.approx(columns.start + columns.stop, abs=8)
-        y, x = np.nonzero(dark(pixels[20:, :90]))
+        y, x = np.nonzero(dark[20:, :90])
         assert lines.start < 20 + y.min() < 20 + y.max() < lines.stop
         assert y.min() + y.max() + 40 == pytest.approx(lines.start + lines.stop, abs=16)
         assert x.max() < 88
 
 
-@pytest.mark.parametrize("mark", [0.5, 1.5, 2.25])
-def test_a_mark_is_a_triangle_at_the_lower_edge_of_its_row(mark):
+def test_a_mark_is_a_triangle_at_the_lower_edge_of_its_row():
+    mark = 2.25
     pixels = read(draw_grid(torch.zeros(6, 3, 16, 16), 3, (), ["", ""], [1.0, mark])).astype(int)
     y, x = np.nonzero((pixels[..., 0] - pixels[..., 1] > 100)[2 * GAP + CELL :])
     widths = np.bincount(y)[y.min() :]
@@ -351,31 +313,20 @@ def test_without_a_run_the_model_that_comes_with_the_repository_draws(folder, ca
 # A checkpoint without latents: its run has not ended
 
 
-def assert_refitted(path: Path, train: InMemory, grid: Grid) -> None:
-    """Five flowers were drawn from the latents of these pictures."""
-    model, _, latents = load_model(path)
-    assert latents is None
-    with seeded(), torch.no_grad():
-        z = fit_latents(model, train.batches()).sample((5,))
-        assert torch.equal(grid.images, model.decoder(z))
-
-
-def test_latents_are_refitted_to_the_pictures_of_the_run(draw, splits):
-    options = {"dataset": "small", "data_root": "nowhere"}
-    path = write_small("run.pt", shape=((8, 8), 4, 3), fitted=False, **options)
-    assert_refitted(path, splits[0], draw("sample --count 5", path))
-
-
-def test_latents_are_refitted_to_a_folder_of_pictures_cropped_as_in_training(folder, draw):
+def test_latents_are_refitted_to_the_runs_pictures_cropped_as_in_training(folder, draw):
     for split in ("train", "val", "test"):
         Path("own", split).mkdir(parents=True)
         for seed in range(4):
             write_photograph(Path("own", split, f"{seed}.png"), (60, 20), seed)
     options = {"dataset": str(folder / "own"), "data_root": "nowhere", "crop": True}
     path = write_small("run.pt", fitted=False, **options)
+    grid, (model, _, latents) = draw("sample --count 5", path), load_model(path)
+    assert latents is None
     pipeline = Compose([Resize(16), CenterCrop(16), ToTensor()])
     train = InMemory(PictureFolder(folder / "own", "train", pipeline))
-    assert_refitted(path, train, draw("sample --count 5", path))
+    with seeded(), torch.no_grad():
+        z = fit_latents(model, train.batches()).sample((5,))
+        assert torch.equal(grid.images, model.decoder(z))
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -416,20 +367,15 @@ def fails(line: str, capsys, status: int = 2) -> str:
     [
         ("similar a.png broken.png", "broken.png cannot be read as a picture"),
         ("similar a.png none.png", "none.png does not exist"),
-        ("sample --checkpoint broken.png", "broken.png is damaged, or no checkpoint"),
+        ("sample --checkpoint broken.png", "broken.png is damaged"),
         (
             "sample --checkpoint none.pt",
             "none.pt is not a file: a checkpoint.pt of a run is needed",
         ),
-        ("sample --count 0", "--count is 0: 1 to 1000 is needed"),
-        ("similar a.png --count 1001", "--count is 1001: 1 to 1000 is needed"),
-        ("similar a.png --spread 1.1", "--spread is 1.1: 0 to 1 is needed"),
+        ("sample --count 1001", "--count is 1001: 1 to 1000 is needed"),
         ("similar a.png --spread nan", "--spread is nan: 0 to 1 is needed"),
-        ("traverse a.png --steps 101", "--steps is 101: 2 to 100 is needed"),
         ("interpolate a.png b.jpg --steps 1", "--steps is 1: 2 to 100 is needed"),
         ("similar", "the number of pictures is 0: 1 to 1000 is needed"),
-        ("reconstruct", "the number of pictures is 0: 1 to 1000 is needed"),
-        ("sample --device abacus", "device abacus is not available here"),
         ("sample --device meta", "device meta is not available here"),
         ("sample --seed 99999999999999999999", "--seed is 99999999999999999999"),
     ],
@@ -444,11 +390,7 @@ def test_what_cannot_be_is_told_in_one_line(folder, checkpoint, capsys, line, me
     ("line", "named"),
     [
         ("sample --count many", "--count"),
-        ("sample --from nowhere", "nowhere"),
-        ("explore a.png b.jpg", "b.jpg"),
         ("interpolate a.png", "Expected 2"),
-        ("traverse", "image (required)"),
-        ("paint", "paint"),
         ("", "similar, sample, reconstruct"),
     ],
 )
@@ -461,10 +403,8 @@ def test_a_command_line_that_cannot_be_read_names_what_is_wrong(folder, capsys, 
 
 
 def test_an_output_that_cannot_be_written_is_named(folder, checkpoint, capsys):
-    Path("taken").mkdir()
-    for output, named in [("nowhere/flowers.png", "nowhere/"), ("taken", "taken")]:
-        line = f"sample --output {output} --checkpoint {checkpoint}"
-        assert named in fails(line, capsys, status=1)
+    line = f"sample --output nowhere/flowers.png --checkpoint {checkpoint}"
+    assert "nowhere/" in fails(line, capsys, status=1)
 
 
 def test_neither_picture_nor_checkpoint_is_replaced_by_the_output(folder, checkpoint, capsys):
@@ -474,11 +414,9 @@ def test_neither_picture_nor_checkpoint_is_replaced_by_the_output(folder, checkp
         assert f"{output} would be replaced" in fails(line, capsys)
 
 
-@pytest.mark.parametrize("command", ["sample", "explore"])
-def test_a_file_of_the_usual_name_is_replaced_only_if_it_was_written_here(
-    draw, checkpoint, capsys, command
-):
-    usual = Path("sample.png" if command == "sample" else "explore.html")
+@pytest.mark.parametrize("name", ["sample.png", "explore.html"])
+def test_a_usual_name_is_replaced_only_if_it_was_written_here(draw, checkpoint, capsys, name):
+    usual, command = Path(name), Path(name).stem
     draw(command)
     draw(command)
     usual.write_bytes(b"somebody's own")

@@ -2,17 +2,21 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_splits
+from conftest import SmallPictures
 from helpers import (
     EVERYTHING,
     LOSSES,
@@ -25,18 +29,18 @@ from helpers import (
     seed_as,
     tiles,
     train_small,
+    write_photograph,
 )
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from datasets.pictures import augment
+from datasets import DATASETS
+from datasets.preprocessing import augment
 from vae.losses import ELBOLoss
-from vae.training.checkpoint import load_checkpoint, load_model
-from vae.training.options import Options
-from vae.training.run import Stopped
+from vae.run import Stopped, load_checkpoint, load_model, saved_options
 from vae.vae import VAE
-from vae_training import main, train
+from vae_training import BEST, Options, main, train
 
 ALL = pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["post", "everything"])
 
@@ -44,16 +48,16 @@ ALL = pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["post", "everyth
 @pytest.fixture(scope="module", autouse=True)
 def _look_every_epoch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vae.training.report.LOOK_EVERY", 1)
+        patch.setattr("vae.report.LOOK_EVERY", 1)
         yield
 
 
 @pytest.fixture(scope="module")
-def whole_runs(_look_every_epoch, tmp_path_factory, splits) -> dict[str, Path]:
+def whole_runs(_look_every_epoch, tmp_path_factory) -> dict[str, Path]:
     """Runs that nothing interrupted: the post's, and one of all options."""
     folder = tmp_path_factory.mktemp("whole")
-    train_small(folder / "post", splits)
-    train_small(folder / "everything", splits, **EVERYTHING)
+    train_small(folder / "post")
+    train_small(folder / "everything", **EVERYTHING)
     return {"post": folder / "post", "everything": folder / "everything"}
 
 
@@ -63,12 +67,16 @@ def run(whole_runs) -> Path:
     return whole_runs["post"]
 
 
+def flags(values: dict[str, object]) -> list[str]:
+    """Options as they are written on a command line."""
+    names = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    return [name if value is True else f"{name}={value}" for name, value in names.items()]
+
+
 @pytest.fixture
-def command(data_root, tmp_path) -> list[str]:
-    """The arguments of a run on the small Flowers102."""
-    folders = ["--data-root", str(data_root), "--log-dir", str(tmp_path / "runs")]
-    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    return [*folders, *small, "--epochs=2", "--run-name=run"]
+def command(tmp_path) -> list[str]:
+    """The arguments of a small run."""
+    return [*flags(SMALL), "--epochs=2", f"--log-dir={tmp_path / 'runs'}", "--run-name=run"]
 
 
 @pytest.fixture
@@ -80,7 +88,7 @@ def ended(capsys):
             main(arguments)
         error = capsys.readouterr().err
         assert "Traceback" not in error
-        (words,) = re.findall(rf"^{re.escape(Path(sys.argv[0]).name)}: (.*)", error, re.S | re.M)
+        (words,) = re.findall(r"^(?:error: |Stopped by ).*", error, re.S | re.M)
         return stop.value.code, words
 
     return end
@@ -91,25 +99,27 @@ def ended(capsys):
 
 @ALL
 def test_training_is_the_posts_loop(whole_runs, splits, changes):
-    options = Options(**SMALL | changes)
+    folder = whole_runs["everything" if changes else "post"]
+    betas, rates = [0.1] * 3, [1e-4] * 3
+    if changes:
+        betas, rates = [0, 0.05, 0.1], [1e-4, 0.75e-4, 0.25e-4]
     torch.manual_seed(0)
-    model = VAE((8, 8), 2, 3, options.batch_norm)
-    loss = ELBOLoss(0.1, options.likelihood)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
+    model = VAE((8, 8), 2, 3, batch_norm=bool(changes))
+    loss = ELBOLoss(0.1, changes.get("likelihood", "gaussian"))
+    optimiser = torch.optim.Adam(model.parameters())
     losses = []
     for epoch in range(3):
         seed_as(0, epoch)
-        loss.beta = options.beta_at(epoch)
-        optimiser.param_groups[0]["lr"] = options.learning_rate_at(epoch)
-        for x, _ in DataLoader(list(splits.train), batch_size=8, shuffle=True):
-            x = augment(x) if options.augment else x
+        loss.beta = betas[epoch]
+        optimiser.param_groups[0]["lr"] = rates[epoch]
+        for x, _ in DataLoader(splits[0], batch_size=8, shuffle=True):
+            x = augment(x) if changes else x
             optimiser.zero_grad()
             reconstruction, mean, log_var = model(x)
             _, *values = loss(x, reconstruction, mean, log_var)
             values[-1].backward()
             optimiser.step()
             losses.append([value.item() for value in values])
-    folder = whole_runs["everything" if changes else "post"]
     assert read_losses(folder) == pytest.approx(np.array(losses), rel=1e-4)
     for name, weight in load_checkpoint(folder / "checkpoint.pt")["model"].items():
         # Looking at the model has changed nothing, the averages of batch norm included. (Biases in
@@ -125,11 +135,12 @@ def test_every_epoch_shows_each_picture_once_in_an_order_of_its_own(splits, tmp_
         seen.append(original)
         return forward(loss, original, *others)
 
+    monkeypatch.setattr("vae.report.LOOK_EVERY", 10)  # validation has a loss as well
     monkeypatch.setattr(ELBOLoss, "forward", watch)
-    train_small(tmp_path, splits, epochs=2)
-    assert [len(batch) for batch in seen] == [8, 8, 4, 8, 8, 4]
-    epochs = torch.cat(seen[:3]), torch.cat(seen[3:])
-    in_order = splits.train[:][0].flatten(1)
+    train_small(tmp_path, epochs=2)
+    assert [len(batch) for batch in seen[:6]] == [8, 8, 4, 8, 8, 4]
+    epochs = torch.cat(seen[:3]), torch.cat(seen[3:6])
+    in_order = splits[0].images(slice(None)).flatten(1)
     for epoch in epochs:
         # Distances of 0 form a permutation.
         same = torch.cdist(epoch.flatten(1), in_order) < 1e-3
@@ -137,12 +148,12 @@ def test_every_epoch_shows_each_picture_once_in_an_order_of_its_own(splits, tmp_
     assert not torch.equal(*epochs)
 
 
-def test_learning_rate_and_beta_follow_their_schedules(splits, tmp_path):
+def test_learning_rate_and_beta_follow_their_schedules(tmp_path):
     rates = []
     hook = register_optimizer_step_pre_hook(
         lambda optimiser, *_: rates.append(optimiser.param_groups[0]["lr"])
     )
-    train_small(tmp_path, splits, **EVERYTHING)
+    train_small(tmp_path, **EVERYTHING)
     hook.remove()
     assert rates == pytest.approx(np.repeat([1e-4, 0.75e-4, 0.25e-4], 3).tolist())
     (steps, betas) = zip(*read_events(tmp_path)["."]["schedule/beta"], strict=True)
@@ -152,21 +163,21 @@ def test_learning_rate_and_beta_follow_their_schedules(splits, tmp_path):
 
 
 @ALL
-def test_the_same_seed_repeats_a_run_bit_for_bit(whole_runs, splits, tmp_path, changes):
+def test_the_same_seed_repeats_a_run_bit_for_bit(whole_runs, tmp_path, changes):
     torch.rand(7)  # whatever else the process draws
-    train_small(tmp_path, splits, **changes)
+    train_small(tmp_path, **changes)
     assert_same_run(tmp_path, whole_runs["everything" if changes else "post"])
 
 
-def test_another_seed_gives_another_run(run, splits, tmp_path):
-    train_small(tmp_path, splits, seed=1)
+def test_another_seed_gives_another_run(run, tmp_path):
+    train_small(tmp_path, seed=1)
     assert (read_losses(tmp_path) != read_losses(run)).all()
 
 
 def test_the_trained_model_and_its_metrics_are_returned(splits, tmp_path):
-    model, metrics = train(Options(**SMALL), splits, str(tmp_path), progress=False)
+    model, metrics = train(Options(**SMALL), str(tmp_path), progress=False)
     saved, *_ = load_model(tmp_path / "checkpoint.pt")
-    images = splits.test[:][0]
+    images = splits[2].images(slice(None))
     assert not model.training
     assert torch.allclose(model.reconstruct(images), saved.reconstruct(images), atol=1e-6)
     assert metrics == json.loads((tmp_path / "metrics.json").read_bytes())
@@ -178,13 +189,15 @@ def test_the_trained_model_and_its_metrics_are_returned(splits, tmp_path):
         ({"batch_size": 1000}, {}),
         ({"latent_size": 1}, {}),
         ({"latent_size": 512}, {}),
-        ({"image_size": 128}, {"train": 3, "val": 1, "test": 5, "size": 128}),
+        ({"image_size": 128}, {"train": 3, "val": 1, "test": 5}),
         ({"batch_norm": True}, {"train": 9}),  # whose last batch is of one picture
         ({"epochs": 4}, {"val": 1, "test": 1}),  # fewer test pictures than epochs
+        ({}, {"train": 1, "val": 1, "test": 1}),
     ],
 )
-def test_unusual_sizes_train(tmp_path, changes, sizes):
-    metrics = train_small(tmp_path, make_splits(**sizes), **{"epochs": 1} | changes)
+def test_unusual_sizes_train(tmp_path, monkeypatch, changes, sizes):
+    monkeypatch.setattr(SmallPictures, "sizes", SmallPictures.sizes | sizes)
+    metrics = train_small(tmp_path, **{"epochs": 1} | changes)
     assert np.isfinite(metrics["test"]["total_loss"])
 
 
@@ -199,7 +212,7 @@ def test_each_loss_has_a_point_for_every_batch_under_the_posts_tag(run):
 
 
 def test_every_epoch_shows_five_test_pictures_and_their_reconstructions(run, splits):
-    events, pixels = read_events(run)["."], splits.test.pixels.numpy().astype(int)
+    events, pixels = read_events(run)["."], splits[2].pixels.numpy().astype(int)
     shown = []
     for epoch in range(3):
         (step, originals), (other, reconstructions) = (
@@ -216,9 +229,6 @@ def test_every_epoch_shows_five_test_pictures_and_their_reconstructions(run, spl
     assert shown[0] != shown[1] != shown[2]
 
 
-# What a run leaves.
-
-
 def test_a_run_leaves_its_checkpoint_metrics_pictures_and_events_and_nothing_else(run):
     names = {path.name for path in run.iterdir() if "tfevents" not in path.name}
     assert names == {
@@ -226,6 +236,126 @@ def test_a_run_leaves_its_checkpoint_metrics_pictures_and_events_and_nothing_els
         *("reconstructions.png", "samples.png", "samples_prior.png"),
         *("00003", "projector_config.pbtxt", *(f"loss_{name}" for name in LOSSES)),
     }
+
+
+# The reader's own pictures.
+
+
+class OwnPictures(Dataset):
+    """Random pictures of one or more channels, with labels as the reader has them."""
+
+    def __init__(self, shape, labels, split, transform) -> None:
+        self.transform, self.labels = transform, labels
+        self.pixels = np.random.default_rng(len(split)).integers(0, 256, (12, *shape), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int):
+        label = self.labels[index % len(self.labels)]
+        return self.transform(Image.fromarray(self.pixels[index])), label
+
+
+@pytest.fixture
+def train_own(tmp_path, monkeypatch):
+    """Register a data set of the reader's and train on it; return the metrics."""
+
+    def run(shape=(16, 16, 3), labels=(0, 1), **changes):
+        def own(root="", split="train", transform=None, download=False):
+            return OwnPictures(shape, labels, split, transform)
+
+        monkeypatch.setitem(DATASETS, "own", own)
+        return train_small(tmp_path / "run", **{"dataset": "own", "epochs": 1} | changes)
+
+    return run
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((20, 9), 1), ((9, 20, 3), 3), ((8, 8, 4), 4)])
+def test_pictures_of_any_number_of_channels_train(train_own, tmp_path, shape, channels):
+    metrics = train_own(shape)
+    assert np.isfinite(metrics["test"]["total_loss"])
+    assert metrics["config"]["image_channels"] == channels
+    model, *_ = load_model(tmp_path / "run" / "checkpoint.pt")
+    assert model.sample(2).shape == (2, channels, 8, 8)
+
+
+LABELS = {
+    "a few": [0, 1, 2],
+    "negative and huge": [-5, 10**12, 3],
+    "all the same": [7],
+    "each its own": list(range(12)),
+    "names": ["tulip", "rose"],
+    "numbers": [0.5, 1.5],
+    "tensors": [torch.tensor(1), torch.tensor(2)],
+    "several in one": [torch.tensor([0, 1]), torch.tensor([1, 1])],
+    "a dictionary": [{"species": 1}, {"species": 2}],
+}
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_labels_may_be_anything(train_own, labels):
+    metrics = train_own(labels=labels)
+    whole = all(isinstance(label, int) for label in labels)
+    assert (metrics["species"] is not None) == (whole and len(labels) > 1)
+
+
+def test_crop_takes_the_middle_and_the_post_squeezes(train_own, tmp_path, monkeypatch):
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 255
+    monkeypatch.setattr(OwnPictures, "__getitem__", lambda it, _: (it.transform(picture), 0))
+    picture = Image.fromarray(pixels)
+    means = {}
+    for crop in (True, False):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        train_own(crop=crop)
+        (_, png) = read_events(tmp_path / "run")["."]["originals"][0]
+        (row,) = tiles(np.asarray(Image.open(io.BytesIO(png))))
+        means[crop] = row.mean() / 255
+    assert means[True] == 1
+    assert means[False] == pytest.approx(1 / 3, abs=0.02)
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    """A folder of the reader's: two species, pictures of several sizes, and a note."""
+    folder = tmp_path / "my photos"
+    for seed in range(60):
+        species = folder / ("tulip", "rose")[seed % 2]
+        species.mkdir(parents=True, exist_ok=True)
+        write_photograph(species / f"{seed}.jpg", (20 + seed, 30), seed)
+    (folder / "notes.txt").touch()
+    return folder
+
+
+def test_a_folder_of_pictures_trains_and_goes_on_from_another_folder(
+    command, photographs, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    main([*command, "--dataset", "my photos"])
+    folder = tmp_path / "runs" / "run"
+    metrics = json.loads((folder / "metrics.json").read_bytes())
+    assert metrics["dataset"] == str(photographs)
+    assert metrics["species"] is not None
+    monkeypatch.chdir("/")
+    main(["--resume", str(folder), "--epochs=3"])
+    assert load_checkpoint(folder / "checkpoint.pt")["epoch"] == 3
+
+
+# The options.
+
+
+def test_the_defaults_are_the_posts():
+    options = Options()
+    assert (options.image_size, options.latent_size, options.beta) == (32, 10, 0.1)
+    assert (options.learning_rate, options.batch_size, options.epochs) == (1e-4, 64, 500)
+    assert (options.batch_norm, options.augment, options.crop) == (False, False, False)
+    assert options.likelihood == "gaussian"
+    assert options.beta_schedule == options.lr_schedule == "constant"
+
+
+def test_an_option_that_cannot_be_is_refused_from_python_as_well():
+    with pytest.raises(ValueError, match=r"^--epochs is 0: 1 or more is needed$"):
+        Options(epochs=0)
 
 
 # The command line.
@@ -245,81 +375,149 @@ def test_a_command_trains_and_prints_the_posts_line_for_each_epoch(command, tmp_
     assert f"squared error {metrics['test']['squared_error']:.1f} per image" in output
     assert f"from the prior {metrics['samples']['frechet']['prior']:.1f};" in output
     assert output.endswith(f"tensorboard --logdir {tmp_path / 'runs'}\n")
-    assert metrics["dataset"] == "flowers102"
 
 
 def test_every_option_of_a_command_reaches_the_run(command, tmp_path):
-    values = EVERYTHING | {"beta": 0.2, "learning_rate": 1e-3, "seed": 3, "checkpoint_every": 1}
-    flags = [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-        for name, value in values.items()
-    ]
-    main([*command, *flags])
-    _, config, _ = load_model(tmp_path / "runs" / "run" / "checkpoint.pt")
-    assert config.items() >= (SMALL | values | {"epochs": 2, "dataset": "flowers102"}).items()
+    values = SMALL | EVERYTHING
+    values |= {"beta": 0.2, "learning_rate": 1e-3, "seed": 3, "checkpoint_every": 1, "cycles": 2}
+    values |= {"crop": True, "data_root": str(tmp_path), "epochs": 2}
+    assert values.keys() == asdict(Options()).keys()
+    main([*command, *flags(values)])
+    folder = tmp_path / "runs" / "run"
+    assert saved_options(folder) == values
+    _, config, _ = load_model(folder / "checkpoint.pt")
+    assert config["image_resolution"] == [8, 8]
 
 
-def test_a_run_that_exists_is_only_replaced_if_that_is_said(command, ended, tmp_path):
+def test_a_preset_sets_options_which_the_command_can_change(command, tmp_path):
+    main([*command, "--preset=best", "--no-augment", "--seed=3"])
+    best = asdict(BEST) | SMALL | {"epochs": 2, "augment": False, "seed": 3}
+    assert saved_options(tmp_path / "runs" / "run") == best
+
+
+def test_a_run_is_named_by_date_time_and_data_set_if_not_otherwise(command, tmp_path):
+    before = datetime.now().replace(microsecond=0)
+    main([*command, "--run-name="])
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert before <= datetime.strptime(folder.name, "%Y-%m-%d_%H-%M-%S-small") <= datetime.now()
+
+
+def test_a_run_is_resumed_by_its_name_or_its_folder(command, tmp_path):
     main(command)
-    status, words = ended([*command, "--epochs=1"])
-    assert (status, "run exists already: give another --run-name" in words) == (2, True)
-    assert len(read_losses(tmp_path / "runs" / "run")) == 6
-    main([*command, "--epochs=1", "--overwrite"])
-    assert len(read_losses(tmp_path / "runs" / "run")) == 3
+    main([f"--log-dir={tmp_path / 'runs'}", "--resume=run", "--epochs=3"])
+    main(["--resume", str(tmp_path / "runs" / "run"), "--epochs=4"])
+    assert len(read_losses(tmp_path / "runs" / "run")) == 12
 
 
-def test_damaged_pictures_are_named_and_no_run_begins(command, ended, data_root, tmp_path):
-    picture = data_root / "flowers-102" / "jpg" / "image_00008.jpg"
-    picture.write_bytes(b"")
+def test_a_finished_run_is_not_replaced(command, ended, tmp_path):
+    main(command)
+    before = (tmp_path / "runs" / "run" / "checkpoint.pt").read_bytes()
     status, words = ended(command)
-    assert (status, f"{picture} cannot be read as a picture" in words) == (2, True)
-    assert not (tmp_path / "runs").exists()
+    assert (status, "is not empty: give another --run-name" in words) == (2, True)
+    assert (tmp_path / "runs" / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_resumed_command_does_not_become_another_experiment(command, ended, tmp_path):
+    main(command)
+    status, words = ended([f"--log-dir={tmp_path / 'runs'}", "--resume=run", "--beta=1"])
+    assert (status, "--beta 1.0 (the run has 0.1)" in words) == (2, True)
+
+
+def test_help_shows_every_option_with_its_purpose_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for name in (*asdict(Options()), "preset", "log_dir", "run_name", "resume"):
+        flag = re.escape(f"--{name.replace('_', '-')}")
+        assert re.search(rf" {flag}[ ,][^)]{{9,}}\(default: ", text), name
+
+
+def test_flowers102_trains_and_a_damaged_photograph_is_one_line_that_names_it(
+    command, ended, data_root, tmp_path
+):
+    arguments = [*command, "--dataset=auto", f"--data-root={data_root}"]
+    main(arguments)
+    metrics = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_bytes())
+    assert metrics["dataset"] == "flowers102"
+    picture = data_root / "flowers-102" / "jpg" / "image_00008.jpg"
+    for damaged in (picture.read_bytes()[:-200], b""):
+        picture.write_bytes(damaged)
+        status, words = ended([*arguments, "--run-name=damaged"])
+        assert (status, str(picture) in words, words.count("\n")) == (2, True, 1)
 
 
 # Where Flowers102 cannot be reached.
 
 
-def test_auto_falls_back_loudly_at_the_start_and_in_the_last_line(
-    command, no_server, tmp_path, capsys
-):
-    (tmp_path / "empty").mkdir()
-    main([*command, "--data-root", str(tmp_path / "empty")])
+def test_auto_falls_back_loudly(command, no_server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(DATASETS, "synthetic", SmallPictures)  # 8,189 take their time
+    main([*command, "--epochs=1", "--dataset=auto", f"--data-root={tmp_path / 'empty'}"])
     out, err = capsys.readouterr()
-    assert "warning: Flowers102 is not in" in err
-    assert "SYNTHETIC flowers, not on photographs" in err
-    assert "SYNTHETIC flowers, not on photographs" in out.splitlines()[-1]
-    folder = tmp_path / "runs" / "run-synthetic"
+    assert "warning: flowers102 is not in" in err
+    assert "Training on SYNTHETIC flowers" in err
+    assert "Test pictures of synthetic: " in out
+    folder = tmp_path / "runs" / "run"
     metrics = json.loads((folder / "metrics.json").read_bytes())
-    assert metrics["dataset"] == metrics["config"]["dataset"] == "synthetic"
-    assert load_checkpoint(folder / "checkpoint.pt")["config"]["dataset"] == "synthetic"
+    assert metrics["dataset"] == saved_options(folder)["dataset"] == "synthetic"
 
 
-def test_flowers102_is_refused_instead_and_nothing_created(command, ended, no_server, tmp_path):
-    arguments = ["--dataset", "flowers102", "--data-root", str(tmp_path / "empty")]
-    status, words = ended([*command, *arguments])
-    assert status == 2
-    assert str(tmp_path / "empty" / "flowers-102") in words
+def test_flowers102_itself_is_refused(command, ended, no_server, tmp_path):
+    empty = tmp_path / "empty"
+    status, words = ended([*command, "--dataset=flowers102", f"--data-root={empty}"])
+    assert (status, words.count("\n")) == (1, 1)
+    assert f"flowers102 is not in {empty} and its server cannot be reached" in words
     assert "--dataset synthetic" in words
     assert not (tmp_path / "runs").exists()
-    assert not (tmp_path / "empty").exists()
 
 
-# Runs that diverge.
+# Runs that go wrong.
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "sigma"])
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_a_diverging_run_stops_with_epoch_and_batch_and_keeps_what_was_good(
+def test_a_diverging_run_stops_and_keeps_what_was_good(
     command, ended, tmp_path, likelihood, batch_norm
 ):
-    options = ["--learning-rate=1e30", f"--likelihood={likelihood}", "--checkpoint-every=1"]
-    status, words = ended([*command, *options, *["--batch-norm"] * batch_norm])
     folder = tmp_path / "runs" / "run"
+    options = {"likelihood": likelihood, "batch_norm": batch_norm, "learning_rate": 1e-4}
+    train_small(folder, epochs=1, **options)
+    checkpoint = load_checkpoint(folder / "checkpoint.pt")
+    good = checkpoint["model"]
+    checkpoint["config"]["learning_rate"] = 1e30
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    status, words = ended(["--resume", str(folder), "--epochs=9"])
     assert status == 1
-    assert re.match(r"error: the loss is \S+ in epoch \d, batch \d \(KL ", words)
-    assert words.endswith(f"lower --learning-rate. The last good checkpoint is in {folder}\n")
-    load_model(folder / "checkpoint.pt")  # refuses weights that are not finite
-    assert not (folder / "metrics.json").exists()
+    assert re.match(r"error: loss or weights are no longer finite in epoch \d: lower --lea", words)
+    assert words.endswith(f"The last good checkpoint is in {folder}\n")
+    saved = load_model(folder / "checkpoint.pt")[0].state_dict()
+    assert all(torch.equal(saved[name], good[name]) for name in good)
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_promises_none(command, ended, tmp_path):
+    status, words = ended([*command, "--learning-rate=1e30"])
+    assert (status, "no longer finite in epoch" in words) == (1, True)
+    assert not (tmp_path / "runs" / "run" / "checkpoint.pt").exists()
+    assert "checkpoint" not in words
+
+
+@pytest.mark.parametrize(
+    ("line", "slip", "error"),
+    [
+        ("loss.beta = run.beta_at(epoch)", "raise ValueError('a slip of mine')", ValueError),
+        ("# Step 1: set", "train_features = train_features[:, :1]  #", RuntimeError),
+    ],
+)
+def test_a_slip_in_the_readers_loop_keeps_its_traceback(
+    command, tmp_path, monkeypatch, line, slip, error
+):
+    script, changed = tmp_path / "mine.py", (ROOT / "vae_training.py").read_text()
+    assert line in changed
+    script.write_text(changed.replace(line, slip))
+    monkeypatch.setattr(sys, "argv", [str(script), *command])
+    with pytest.raises(error) as raised:  # and no SystemExit
+        runpy.run_path(str(script), run_name="__main__")
+    assert str(script) in {str(entry.path) for entry in raised.traceback}
 
 
 # Interrupted and resumed.
@@ -331,24 +529,22 @@ def test_a_diverging_run_stops_with_epoch_and_batch_and_keeps_what_was_good(
     [(1, signal.SIGINT), (3, signal.SIGTERM), (5, signal.SIGINT), (9, signal.SIGTERM)],
 )
 def test_a_run_stopped_in_any_epoch_ends_as_if_it_had_not_been(
-    whole_runs, splits, tmp_path, step, number, changes
+    whole_runs, tmp_path, step, number, changes, monkeypatch
 ):
     with interruption(number, call=step), pytest.raises(Stopped):
-        train_small(tmp_path, splits, **changes)
-    train_small(tmp_path, splits, "resume", **changes)
+        train_small(tmp_path, **changes)
+    train_small(tmp_path, resume=True, **changes)
     assert_same_run(tmp_path, whole_runs["everything" if changes else "post"])
 
 
 @ALL
-def test_a_run_that_died_again_and_again_ends_as_if_it_had_not(
-    whole_runs, splits, tmp_path, changes
-):
-    # The second signal ends it at once: what it wrote since its checkpoint has to be undone.
+def test_a_run_that_died_again_and_again_ends_as_if_it_had_not(whole_runs, tmp_path, changes):
+    # The second signal ends it at once: what it wrote since its checkpoint stands twice.
     at_once = (signal.SIGINT, signal.SIGTERM)
-    for start, step in (("new", 2), ("resume", 8), ("resume", 2)):
+    for resume, step in ((False, 2), (False, 8), (True, 2)):
         with interruption(*at_once, call=step), pytest.raises(Stopped):
-            train_small(tmp_path, splits, start, checkpoint_every=2, **changes)
-    train_small(tmp_path, splits, "resume", **changes)
+            train_small(tmp_path, resume, checkpoint_every=1, **changes)
+    train_small(tmp_path, resume=True, **changes)
     assert_same_run(tmp_path, whole_runs["everything" if changes else "post"])
 
 
@@ -367,55 +563,29 @@ def test_a_stopped_command_ends_with_the_command_that_goes_on(
     assert_same_run(folder, tmp_path / "runs" / "whole")
 
 
-def test_a_finished_run_may_grow_by_epochs_and_is_then_the_longer_run(command, tmp_path):
-    main(command)
-    main(["--log-dir", str(tmp_path / "runs"), "--resume", "run", "--epochs=4"])
-    main([*command, "--epochs=4", "--run-name=longer"])
-    assert_same_run(tmp_path / "runs" / "run", tmp_path / "runs" / "longer")
-
-
-def test_a_resumed_command_does_not_become_another_experiment(command, ended, tmp_path):
-    main(command)
-    status, words = ended(["--log-dir", str(tmp_path / "runs"), "--resume=run", "--beta=1"])
-    assert (status, "--beta 1.0 (the run has 0.1)" in words) == (2, True)
-
-
-# The script as a process of its own.
-
-
-# As many threads as this process has: another number rounds differently.
-PROCESS = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
-
-
-SCRIPT = [sys.executable, "-u", ROOT / "vae_training.py"]
+# The script as a process of its own, in any folder.
 
 
 @pytest.mark.slow
-def test_the_script_runs_from_any_folder_and_leaves_a_run(tmp_path):
-    arguments = ["--dataset=synthetic", "--image-size=8", "--epochs=1", "--log-dir=runs"]
-    script = [*SCRIPT, *arguments, "--run-name=first"]
-    result = subprocess.run(script, cwd=tmp_path, capture_output=True, **PROCESS)
-    assert result.returncode == 0, result.stderr
-    line = r"^Epoch: 0, Reconstruction Loss: \d+\.\d\d, KL Loss: \d+\.\d\d, Total Loss: \d+\.\d\d$"
-    assert re.search(line, result.stdout, re.MULTILINE)
-    folder = tmp_path / "runs" / "first-synthetic"
-    assert len(read_losses(folder)) == 16
-    assert json.loads((folder / "metrics.json").read_bytes())["dataset"] == "synthetic"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signalled_process_is_resumed_by_the_command_that_it_prints(tmp_path, number, status):
-    arguments = ["--dataset=synthetic", "--image-size=8", "--epochs=12", f"--log-dir={tmp_path}"]
+def test_a_process_stopped_by_ctrl_c_is_resumed_by_the_command_that_it_prints(
+    photographs, tmp_path
+):
+    # As many threads as this process has: another number rounds differently.
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "cwd": tmp_path}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*SCRIPT, *arguments, "--run-name=one"], **pipes, **PROCESS) as process:
+    command = [sys.executable, "-u", ROOT / "vae_training.py", "--dataset=my photos"]
+    command += ["--image-size=8", "--epochs=20", "--device=cpu", "--log-dir=my runs"]
+    with subprocess.Popen([*command, "--run-name=one"], **options, **pipes) as process:
         while not process.stdout.readline().startswith("Epoch: 2,"):
             assert process.poll() is None
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == status
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
     assert "Traceback" not in errors
-    again = shlex.split(errors.splitlines()[-1])
-    for command in (again, [*SCRIPT, *arguments, "--run-name=other"]):
-        assert subprocess.run(command, capture_output=True, timeout=90, **PROCESS).returncode == 0
-    assert_same_run(tmp_path / "one-synthetic", tmp_path / "other-synthetic")
+    assert load_checkpoint(tmp_path / "my runs/one/checkpoint.pt")["epoch"] < 20
+    for again in (shlex.split(errors.splitlines()[-1]), [*command, "--run-name=other"]):
+        result = subprocess.run(again, timeout=300, capture_output=True, **options)
+        assert result.returncode == 0, result.stderr
+    line = r"^Epoch: 0, Reconstruction Loss: \d+\.\d\d, KL Loss: \d+\.\d\d, Total Loss: \d+\.\d\d$"
+    assert re.search(line, result.stdout, re.MULTILINE)
+    assert_same_run(tmp_path / "my runs" / "one", tmp_path / "my runs" / "other")

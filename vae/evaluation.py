@@ -13,6 +13,8 @@ from vae.latent import prior
 from vae.losses import ELBOLoss, kl_per_dimension, sigma_loss
 from vae.vae import VAE
 
+Batches = Callable[[], Iterable[Tensor]]  # called for each pass; images on the CPU
+
 
 @torch.no_grad()
 def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str, Any]:
@@ -77,9 +79,7 @@ def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str,
     return metrics
 
 
-def principal_components(
-    batches: Callable[[], Iterable[Tensor]], count: int
-) -> tuple[Tensor, Tensor]:
+def principal_components(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
     """Return the mean image, [pixels], and the directions of most variance, [pixels, count].
 
     Block power iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4), which holds one batch at
@@ -97,23 +97,6 @@ def principal_components(
         rows = ((x.flatten(1) - centre) for x in batches())
         directions = sum((row.T @ (row @ directions) for row in rows), torch.zeros(()))
     return centre, torch.linalg.svd(directions, full_matrices=False).U[:, :count]
-
-
-def pca_squared_error(
-    train: Callable[[], Iterable[Tensor]], test: Iterable[Tensor], components: int
-) -> float:
-    """Return PCA's squared error per test image with as many components as a latent has dimensions.
-
-    PCA is the best linear autoencoder: the yardstick that a nonlinear one has to beat. It is fitted
-    on ``train`` (see ``principal_components``) and measured on the batches of ``test``.
-    """
-    centre, directions = principal_components(train, components)
-    errors = []
-    for batch in test:
-        residual = batch.flatten(1) - centre
-        residual -= residual @ directions @ directions.T
-        errors.append(torch.square(residual).sum(dim=1))
-    return torch.cat(errors).mean().item()
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
@@ -134,17 +117,79 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     return (shift + sum(each.trace() for each in covariances) - 2 * roots.sum()).item()
 
 
+def frechet_features(test: Batches) -> Callable[[Iterable[Tensor]], Tensor]:
+    """Return a function from images to their 64 leading principal components, those of ``test``."""
+    centre, directions = principal_components(test, 64)
+    return lambda images: torch.cat([(x.flatten(1) - centre) @ directions for x in images])
+
+
+def evaluate_pca(
+    train: Batches, test: Batches, components: int, features: Callable[[Iterable[Tensor]], Tensor]
+) -> dict[str, Any]:
+    """Measure PCA with as many components as a latent has dimensions, as ``evaluate_samples`` does.
+
+    PCA is the best linear autoencoder: the yardstick that a nonlinear one has to beat. It is fitted
+    on ``train`` (see ``principal_components``). Its ``squared_error`` is per test image; its
+    samples come from the Gaussian of the training images' components, clipped to [0, 1].
+    """
+    centre, directions = principal_components(train, components)
+    codes = [
+        torch.cat([(x.flatten(1) - centre) @ directions for x in each()]) for each in (train, test)
+    ]
+    shape = next(iter(test()))[0].shape
+
+    def decode(z: Tensor) -> Iterator[Tensor]:
+        return ((centre + part @ directions.T).unflatten(1, shape) for part in z.split(64))
+
+    errors = []
+    for batch in test():
+        residual = batch.flatten(1) - centre
+        residual -= residual @ directions @ directions.T
+        errors.append(torch.square(residual).sum(dim=1))
+    drawn = codes[0].mean(dim=0) + torch.randn_like(codes[1]) * codes[0].std(dim=0)
+    images = features(test())
+    frechet = {
+        "reconstructions": decode(codes[1]),
+        "samples": (x.clamp(0, 1) for x in decode(drawn)),
+    }
+    return {
+        "components": components,
+        "squared_error": torch.cat(errors).mean().item(),
+        "frechet": {
+            name: frechet_distance(features(each), images) for name, each in frechet.items()
+        },
+        "codes": codes,
+    }
+
+
+def probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
+    """Return the share of test labels that a linear classifier tells from codes, [n, dimensions].
+
+    Linear discriminant analysis (Fisher 1936): the nearest class mean, as far as the covariance
+    within the classes of ``train`` counts. Labels are integers, [n].
+    """
+    classes, index = train_labels.unique(return_inverse=True)
+    counts = index.bincount().unsqueeze(1)
+    means = torch.zeros(len(classes), train.shape[1]).index_add_(0, index, train) / counts
+    within = (train - means[index]).T.cov(correction=0).view(2 * train.shape[1:])
+    within.diagonal().add_(1e-6 * (1 + within.trace()))
+    weights = torch.linalg.solve(within, means.T)
+    scores = test @ weights - 0.5 * (means.T * weights).sum(dim=0) + (counts / len(train)).log().T
+    return (classes[scores.argmax(dim=1)] == test_labels).float().mean().item()
+
+
 @torch.no_grad()
 def evaluate_samples(
     model: VAE,
     latents: MultivariateNormal,
-    train: Callable[[], Iterable[Tensor]],
-    test: Callable[[], Iterable[Tensor]],
+    train: Batches,
+    test: Batches,
+    features: Callable[[Iterable[Tensor]], Tensor],
 ) -> dict[str, dict[str, float]]:
     """Measure how much the pictures that a model draws are like test images, and how new they are.
 
-    The model is in ``eval()`` mode, ``latents`` are what ``vae.latent.fit_latents`` returns, and
-    the images come as in ``principal_components``.
+    The model is in ``eval()`` mode, ``latents`` are what ``vae.latent.fit_latents`` returns, the
+    images come as in ``principal_components``, and ``features`` is ``frechet_features(test)``.
 
     Returns:
         Two dictionaries:
@@ -159,14 +204,10 @@ def evaluate_samples(
           the ``train`` and the ``test`` split. Samples much nearer than test reconstructions
           would be copies.
     """
-    centre, directions = principal_components(test, 64)
     device = next(model.parameters()).device
 
     def reconstruct(images: Iterable[Tensor]) -> Iterator[Tensor]:
         return (model(x.to(device))[0].cpu() for x in images)
-
-    def features(images: Iterable[Tensor]) -> Tensor:
-        return torch.cat([(x.flatten(1) - centre) @ directions for x in images])
 
     def nearest(images: Iterable[Tensor]) -> float:
         rows = torch.cat([*images])[:1000].flatten(1)

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
 from datasets.preprocessing import InMemory
-from vae.evaluation import evaluate, evaluate_samples, pca_squared_error
+from vae.evaluation import evaluate, evaluate_pca, evaluate_samples, frechet_features, probe
 from vae.latent import fit_latents
 from vae.losses import ELBOLoss
 from vae.run import FREE, Run, load_checkpoint, quote, replace_atomically, save_checkpoint
@@ -81,8 +81,10 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
     options, seconds = run.options, time.perf_counter() - run.started
     model.eval()
     train, val, test = splits
-    loss, components = ELBOLoss(options.beta, options.likelihood), options.latent_size
+    loss = ELBOLoss(options.beta, options.likelihood)
     latents = fit_latents(model, train.batches())
+    features = frechet_features(test.batches)
+    pca = evaluate_pca(train.batches, test.batches, options.latent_size, features)
     metrics: dict[str, Any] = {
         "dataset": options.dataset,
         "epochs": options.epochs,
@@ -90,11 +92,9 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
         "train": evaluate(model, train.batches(), loss),
         "val": evaluate(model, val.batches(), loss),
         "test": evaluate(model, test.batches(), loss),
-        "samples": evaluate_samples(model, latents, train.batches, test.batches),
-        "pca": {
-            "components": components,
-            "test": pca_squared_error(train.batches, test.batches(), components),
-        },
+        "samples": evaluate_samples(model, latents, train.batches, test.batches, features),
+        "pca": pca,
+        "species": species(model, pca.pop("codes"), train, test),
         "seconds": seconds,
         "device": str(run.device),
         "versions": {
@@ -126,6 +126,32 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
     return metrics
 
 
+def species(
+    model: VAE, pca_codes: list[Tensor], train: InMemory, test: InMemory
+) -> dict[str, float] | None:
+    """Return how many test labels a linear probe tells from the latent means, and from PCA's codes.
+
+    ``most_frequent`` is what always saying the same would reach; None for labels that are no
+    integers, or all the same.
+    """
+    if not all(isinstance(label, int) for label in train.labels + test.labels):
+        return None
+    labels = [torch.tensor(each.labels) for each in (train, test)]
+    if len(labels[0].unique()) < 2:
+        return None
+    device = next(model.parameters()).device
+    codes = [
+        torch.cat([model.encoder(x.to(device))[0].cpu() for x in each.batches()])
+        for each in (train, test)
+    ]
+    most = (labels[1] == labels[1].mode().values).float().mean().item()
+    return {
+        "latent_means": probe(codes[0], labels[0], codes[1], labels[1]),
+        "pca": probe(pca_codes[0], labels[0], pca_codes[1], labels[1]),
+        "most_frequent": most,
+    }
+
+
 def write_latents(writer: SummaryWriter, model: VAE, test: InMemory, epoch: int) -> None:
     """Write test latents with thumbnails and species to TensorBoard's Projector."""
     # The Projector shows up to 8,192 x 8,192 pixels of thumbnails; five hundred are enough.
@@ -143,16 +169,17 @@ def write_latents(writer: SummaryWriter, model: VAE, test: InMemory, epoch: int)
 def summary(metrics: dict[str, Any], folder: Path) -> str:
     """Return what a run prints at its end: how good the model is, and where to look."""
     test, pca, frechet = metrics["test"], metrics["pca"], metrics["samples"]["frechet"]
-    better = pca["test"] - test["squared_error"]
+    better = pca["squared_error"] - test["squared_error"]
     return (
         f"Test pictures of {metrics['dataset']}: squared error {test['squared_error']:.1f} per "
         f"image ({test['squared_error_mean']:.1f} through the mean, PSNR {test['psnr']:.1f} dB), "
         f"KL {test['kl']:.1f} nats, {test['active_units']} active latent dimensions.\n"
-        f"PCA with {pca['components']} components: {pca['test']:.1f}; the model is "
+        f"PCA with {pca['components']} components: {pca['squared_error']:.1f}; the model is "
         f"{abs(better):.1f} {'better' if better > 0 else 'worse'}.\n"
         f"Fréchet distance of new pictures to the test pictures (lower is better): drawn from the "
         f"fitted latents {frechet['fitted']:.1f}, from the prior {frechet['prior']:.1f}; "
-        f"reconstructions have {frechet['reconstructions']:.1f}.\n"
+        f"reconstructions have {frechet['reconstructions']:.1f}, pictures drawn with PCA "
+        f"{pca['frechet']['samples']:.1f}.\n"
         f"{metrics['epochs']} epochs in {metrics['seconds']:.0f} s. Pictures, metrics and the "
         f"model are in {folder}\n"
         f"Look at the run with: {quote(['tensorboard', '--logdir', str(folder.parent)])}"

@@ -229,7 +229,7 @@ class Run(ExitStack):
         if checkpoint.get("pictures") != self.pictures:
             raise UserError("the run began with other pictures than are there now: it cannot go on")
         with named(path):
-            epoch, state = checkpoint["epoch"], checkpoint["optimiser"]
+            epoch, state, place = (checkpoint[part] for part in ("epoch", "optimiser", "place"))
             if epoch not in range(self.options.epochs + 1):
                 raise ValueError(f"its epoch is {epoch!r}")
             # Adam trusts what it is given: moments of another size would crash Python.
@@ -242,8 +242,8 @@ class Run(ExitStack):
             load_weights(model, checkpoint["model"])
             optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
             self.started -= checkpoint["seconds"]
-        if checkpoint["place"] != self.place:
-            moved = f"the run was on {checkpoint['place']} and is now on {self.place}"
+        if place != self.place:
+            moved = f"the run was on {place} and is now on {self.place}"
             print(f"warning: {moved}: no longer bit for bit the uninterrupted run", file=sys.stderr)
         return epoch
 
@@ -276,10 +276,14 @@ def folder_of(command: Any) -> Path:
     return command.log_dir / (command.run_name or now)
 
 
-def saved_options(folder: Path) -> dict[str, Any]:
-    """Return the options of the run in ``folder``."""
-    config = load_checkpoint(folder / "checkpoint.pt")["config"]
-    return {name: config[name] for name in config.keys() - {"image_resolution", "image_channels"}}
+def saved_options(kind: type, folder: Path) -> Any:
+    """Return the options, of that kind, of the run in ``folder``."""
+    path = folder / "checkpoint.pt"
+    config = load_checkpoint(path)["config"]
+    with named(path):
+        return kind(
+            **{n: config[n] for n in config.keys() - {"image_resolution", "image_channels"}}
+        )
 
 
 def check_folder(folder: Path, resume: bool) -> None:
@@ -414,7 +418,7 @@ def named(path: Path) -> Iterator[None]:
     """Turn what goes wrong with a strange checkpoint into a ``UserError`` with its name."""
     try:
         yield
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as error:  # PyTorch's reader has no exception of its own
         reason = first_line(error)

@@ -1,448 +1,420 @@
-import io
+import importlib
 import os
-import struct
-import subprocess
+import pickle
 import sys
-import time
-import warnings
-import zipfile
+import types
 from pathlib import Path
 
 import numpy as np
 import PIL
 import pytest
 import torch
+import torchvision
+from helpers import seeded, write_photograph
 from PIL import Image
-from torchvision.transforms import Compose, Resize, ToTensor
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import Flowers102
+from torchvision.transforms import Compose, Grayscale, Resize, ToTensor
 
 from datasets import preprocessing
-from datasets.pictures import Pictures
 from datasets.preprocessing import (
-    compute_once,
-    decode_pictures,
+    COLOUR,
+    DamagedPicture,
+    InMemory,
+    UserError,
+    augment,
     fingerprint,
-    map_in_parallel,
-    open_picture,
+    read_picture,
 )
 
-PIXELS = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+SMALL = Compose([Resize((8, 8)), ToTensor()])
 
 
-def save_noise(
-    path: Path, size: tuple[int, int] = (20, 30), mode: str = "RGB", **options: object
-) -> Path:
-    width, height = size
-    noise = np.random.default_rng(width + height).integers(0, 256, (height, width, 3), np.uint8)
-    Image.fromarray(noise).convert(mode).save(path, **options)
-    return path
+# read_picture().
 
 
-# Decoding.
-
-
-@pytest.mark.parametrize("resolution", [(32, 32), (16, 48)])
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("size", [(1, 1), (2, 300), (301, 3), (37, 53), (500, 667), (32, 32)])
-def test_a_jpeg_gives_the_posts_tensor_bit_for_bit(tmp_path, size, mode, resolution):
-    path = save_noise(tmp_path / "picture.jpg", size, mode)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1", "P", "YCbCr"])
+@pytest.mark.parametrize("size", [(1, 1), (37, 53), (301, 3)])
+def test_a_picture_of_any_size_and_kind_is_as_pillow_converts_it(tmp_path, size, mode):
+    path = tmp_path / ("one.png" if mode in "1P" else "one.jpg")
+    with Image.open(write_photograph(tmp_path / "noise.png", size)) as noise:
+        noise.convert(mode).save(path)
     with Image.open(path) as image:
-        expected = Compose([Resize(resolution), ToTensor()])(image.convert("RGB"))
-    pixels = torch.from_numpy(decode_pictures([path], resolution))
-    image, _ = Pictures(pixels, torch.zeros(1, dtype=torch.long))[0]
-    assert image.shape == (3, *resolution)
-    assert torch.equal(image, expected)
+        expected = image.convert("RGB")
+    assert read_picture(path).mode == "RGB"
+    assert np.array_equal(read_picture(path), expected)
 
 
-def test_pictures_are_decoded_into_the_order_of_their_paths(tmp_path):
-    paths = [save_noise(tmp_path / f"{n}.jpg", (n, 9)) for n in range(1, 71)]
-    decoded = decode_pictures(paths, (8, 8))
-    assert decoded.dtype == np.uint8
-    for path, pixels in zip(paths, decoded, strict=True):
-        assert np.array_equal(pixels, decode_pictures([path], (8, 8))[0])
-
-
-def broken_missing(path: Path) -> None:
-    path.unlink()
-
-
-def broken_empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def broken_truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-200])
-
-
-def broken_header_only(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:20])
-
-
-def broken_text(path: Path) -> None:
-    path.write_text("<html>404 Not Found</html>")
-
-
-def broken_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def broken_fifo(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def broken_device(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
-def broken_loop(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path.name)
-
-
-def broken_bomb(path: Path) -> None:
-    # A grey picture of 16384 x 16384 in a few bytes: the size stands in the header.
-    Image.new("1", (16384, 16384)).save(path, "PNG")
+def test_a_picture_is_turned_upright_transparent_becomes_white_and_16_bits_become_8(tmp_path):
+    image = Image.new("RGB", (4, 2), "red")
+    image.getexif()[0x0112] = 6  # the camera was held upright
+    image.save(tmp_path / "one.jpg", exif=image.getexif())
+    assert read_picture(tmp_path / "one.jpg").size == (2, 4)
+    for name in ("two.png", "two.gif"):
+        Image.fromarray(np.array([[[0, 0, 0, 0], [0, 0, 0, 255]]], np.uint8)).save(tmp_path / name)
+        assert np.asarray(read_picture(tmp_path / name))[0, :, 0].tolist() == [255, 0]
+    Image.fromarray(np.array([[0, 257, 128 * 257, 65535]], np.uint16)).save(tmp_path / "3.png")
+    assert np.asarray(read_picture(tmp_path / "3.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 @pytest.mark.parametrize(
-    ("breaks", "message"),
+    ("damage", "message"),
     [
-        (broken_missing, "does not exist"),
-        (broken_empty, "cannot be read as a picture"),
-        (broken_truncated, "cannot be read as a picture: .*truncated"),
-        (broken_header_only, "cannot be read as a picture"),
-        (broken_text, "cannot be read as a picture"),
-        (broken_folder, "cannot be read as a picture: it is not a regular file"),
-        (broken_fifo, "cannot be read as a picture: it is not a regular file"),
-        (broken_device, "cannot be read as a picture: it is not a regular file"),
-        (broken_loop, "cannot be read as a picture: .*symbolic links"),
-        (broken_bomb, "cannot be read as a picture: .*decompression bomb"),
+        (lambda path: path.unlink(), "does not exist"),
+        (lambda path: path.write_bytes(b""), "cannot be read as a picture: "),
+        (lambda path: path.write_bytes(path.read_bytes()[:-99]), "cannot be .*: .*truncated"),
+        (lambda path: path.write_text("<html>\n</html>"), "cannot be read as a picture: "),
+        (lambda path: (path.unlink(), path.mkdir()), "cannot be read as a picture: "),
+        (lambda path: Image.new("F", (4, 4)).save(path, "TIFF"), "cannot be .*save it as PNG"),
+        (lambda path: Image.new("1", (16384, 16384)).save(path, "PNG"), "cannot be .*bomb"),
     ],
+    ids=["missing", "empty", "truncated", "text", "folder", "floats", "too-large"],
 )
-def test_a_picture_that_cannot_be_read_is_named(tmp_path, breaks, message):
-    paths = [save_noise(tmp_path / f"image_{n:05d}.jpg") for n in range(50)]
-    breaks(paths[33])
-    with pytest.raises(ValueError, match=rf"image_00033\.jpg {message}") as error:
-        decode_pictures(paths, (8, 8))
+def test_a_picture_that_cannot_be_read_is_named_in_one_line(tmp_path, damage, message):
+    path = write_photograph(tmp_path / "one.png")
+    damage(path)
+    with pytest.raises(DamagedPicture, match=f"^{path} {message}") as error:
+        read_picture(path)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_large_picture_that_fits_in_memory_is_read(tmp_path):
-    path = tmp_path / "large.png"
-    Image.new("1", (9600, 9600)).save(path)
-    with open_picture(path) as image:
-        assert image.size == (9600, 9600)
+def test_heic_says_which_package_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    (tmp_path / "one.HEIC").write_bytes(b"some")
+    with pytest.raises(DamagedPicture, match="need the package pillow-heif: pip install"):
+        read_picture(tmp_path / "one.HEIC")
 
 
-@pytest.mark.parametrize("error", [MemoryError(), SyntaxError("odd"), RuntimeError("odd")])
-def test_whatever_goes_wrong_with_an_open_picture_is_one_line_with_its_name(tmp_path, error):
-    path = save_noise(tmp_path / "picture.jpg")
-    reason = str(error) or "too little memory is free"
-    with (
-        pytest.raises(ValueError, match=f"^{path} cannot be read as a picture: {reason}$"),
-        open_picture(path),
+def test_a_picture_of_many_pixels_is_read_in_silence(tmp_path, recwarn):
+    Image.new("1", (9600, 9600)).save(tmp_path / "large.png")
+    assert read_picture(tmp_path / "large.png").size == (9600, 9600)
+    assert not recwarn.list
+
+
+# InMemory.
+
+
+class Listed(Dataset):
+    """The given pairs of an image and a label; an exception in the place of a pair is raised."""
+
+    def __init__(self, *pairs: object) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int):
+        if isinstance(self.pairs[index], Exception):
+            raise self.pairs[index]
+        return self.pairs[index]
+
+
+def noise(count: int, channels: int = 3) -> Listed:
+    """Pictures of 8-bit noise, labelled with their index."""
+    with seeded():
+        pixels = torch.randint(0, 256, (count, channels, 8, 6)) / 255
+    return Listed(*zip(pixels, range(count), strict=True))
+
+
+def read(dataset: Dataset) -> InMemory:
+    return InMemory(dataset, progress=False)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pairs_come_back_as_the_data_set_gives_them(channels):
+    dataset = noise(70, channels)
+    pictures = read(dataset)
+    assert pictures.image_shape == (channels, 8, 6)
+    for (image, label), (other, number) in zip(pictures, dataset, strict=True):
+        assert torch.equal(image, other)
+        assert label == number
+    assert torch.equal(pictures[-1][0], dataset[69][0])
+    batches = list(pictures.batches(32))
+    assert [len(batch) for batch in batches] == [32, 32, 6]
+    assert torch.equal(torch.cat(batches), torch.stack([image for image, _ in dataset]))
+    assert batches[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_every_8_bit_value_comes_back_bit_for_bit_and_others_are_rounded():
+    every = ToTensor()(np.arange(256, dtype=np.uint8).reshape(16, 16, 1))
+    pictures = read(Listed((every, 0), (every * 0.999, 1)))
+    assert torch.equal(pictures[0][0], every)
+    assert (pictures[1][0] - every * 0.999).abs().max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(64, [64, 64, 22]), (5, [5] * 30)])
+def test_a_loader_gives_batches_of_images_and_their_labels(batch_size, sizes):
+    pictures = read(noise(150))
+    seen = []
+    for (images, labels), size in zip(
+        DataLoader(pictures, batch_size, shuffle=True), sizes, strict=True
     ):
-        raise error
+        assert images.shape == (size, 3, 8, 6)
+        assert torch.equal(images, pictures.images(labels))
+        seen += labels.tolist()
+    assert sorted(seen) == list(range(150)) != seen
 
 
-def test_work_in_parallel_keeps_its_order_and_stops_at_the_first_error(capsys):
-    def odd_is_late(item: int) -> int:
-        time.sleep(0.002 * (item % 2))
-        return item**2
+ONE = torch.ones(3, 4, 4)
 
-    assert map_in_parallel(odd_is_late, range(50), None) == [item**2 for item in range(50)]
-    done = []
 
-    def fail_at_once(item: int) -> None:
-        done.append(item)
-        time.sleep(0.01)
-        raise ValueError(f"item {item}")
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "Listed has no pictures that can be read"),
+        ([(Image.new("RGB", (4, 4)), 0)], "picture 0 of Listed is no float tensor .*ToTensor"),
+        ([(ONE, 0), (ONE.byte(), 0)], "picture 1 of Listed is no float tensor"),
+        ([(ONE, 0), (ONE[:1], 0)], r"picture 1 .*channels \[4, 4, 1\], others \[4, 4, 3\]"),
+        ([(ONE, 0), (ONE[:, :2], 0)], r"picture 1 .*\[2, 4, 3\], others .*transform needs"),
+        ([(ONE, 0), (2 * ONE, 0)], r"picture 1 of Listed has values outside of \[0, 1\]"),
+        ([(-ONE, 0)], "picture 0 of Listed has values outside of"),
+        ([(ONE * float("nan"), 0)], "picture 0 of Listed has values outside of"),
+    ],
+)
+def test_what_is_no_data_set_of_pictures_is_refused_in_one_line(pairs, message):
+    with pytest.raises(UserError, match=message) as error:
+        read(Listed(*pairs))
+    assert "\n" not in str(error.value)
 
-    with pytest.raises(ValueError, match="item 0"):
-        map_in_parallel(fail_at_once, range(1000), None)
-    assert len(done) < 500
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_damaged_pictures_are_named_and_left_out_wherever_they_stand(place, capsys):
+    pairs = [(ONE, 0), (ONE, 1), (ONE, 2)]
+    pairs[place] = DamagedPicture("odd.jpg does not exist")
+    assert read(Listed(*pairs)).labels == [each for each in range(3) if each != place]
+    assert capsys.readouterr().err == "warning: odd.jpg does not exist: it is left out\n"
+
+
+def test_an_error_of_the_readers_own_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        read(Listed((ONE, 0), ZeroDivisionError()))
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("content", ["missing", "text", "truncated"])
+def test_a_damaged_picture_of_torchvisions_is_named(data_root, number, content):
+    flowers = Flowers102(data_root, "val", transform=SMALL)
+    path = flowers._image_files[number]
+    whole = path.read_bytes()
+    path.unlink()
+    if content != "missing":
+        path.write_bytes(b"no picture" if content == "text" else whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=rf"{path.name}|picture {number} of Flowers102"):
+        read(flowers)
+
+
+def test_reading_is_said_and_without_progress_it_is_not(capsys):
+    InMemory(noise(3))
+    assert capsys.readouterr().err.startswith("Reading 3 pictures of Listed\n")
+    read(noise(4))
     assert capsys.readouterr().err == ""
+
+
+# What is kept on disk.
+
+
+@pytest.fixture
+def flower_set(data_root, cache_folder) -> Flowers102:
+    return Flowers102(data_root, "val", transform=SMALL)
+
+
+@pytest.fixture
+def kept(flower_set) -> Path:
+    """The file in which ``flower_set`` is kept."""
+    read(flower_set)
+    (path,) = preprocessing.CACHE_FOLDER.iterdir()
+    return path
+
+
+def test_a_second_run_reads_no_picture(flower_set, kept, monkeypatch, capsys):
+    pixels = read(flower_set).pixels
+    monkeypatch.setattr(Flowers102, "__getitem__", lambda *_: pytest.fail("it is read again"))
+    again = InMemory(flower_set)
+    assert torch.equal(again.pixels, pixels)
+    assert again.labels == flower_set._labels
+    assert capsys.readouterr().err == ""
+    assert again.classes == Flowers102.classes
+    assert kept.name.startswith("Flowers102-val-")
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_damaged_file_is_made_again_with_a_warning(flower_set, kept, share, capsys):
+    whole, pixels = kept.read_bytes(), read(flower_set).pixels
+    kept.write_bytes(whole[: int(share * len(whole))])
+    assert torch.equal(read(flower_set).pixels, pixels)
+    assert f"warning: {kept} is damaged and made again" in capsys.readouterr().err
+    read(flower_set)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_cache_that_cannot_be_written_to_costs_a_warning_and_no_more(
+    flower_set, cache_folder, capsys
+):
+    cache_folder.write_text("a file where the folder should be")
+    assert len(read(flower_set)) == 6
+    assert "warning: pictures are not kept for the next run: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label", [{"species": 1}, torch.tensor(3), None, (1, 2)])
+def test_labels_that_are_no_numbers_or_texts_come_back_as_they_were(cache_folder, label):
+    for _ in range(2):
+        assert read(Listed((ONE, label), (ONE, label))).labels == [label, label]
+
+
+def test_what_cannot_be_pickled_is_read_and_not_kept(cache_folder):
+    dataset = Listed((ONE, 1))
+    dataset.transform = lambda image: image
+    assert fingerprint(dataset) == ""
+    assert read(dataset).labels == [1]
+    assert not cache_folder.exists()
 
 
 # What identifies pictures.
 
 
-def test_the_same_files_have_the_same_fingerprint(tmp_path):
-    paths = [save_noise(tmp_path / f"{n}.jpg") for n in range(3)]
-    assert fingerprint(paths) == fingerprint(list(paths))
+def test_each_split_and_transform_has_a_fingerprint_of_its_own(data_root):
+    grey = Compose([Grayscale(), Resize((8, 8)), ToTensor()])
+    large = Compose([Resize((16, 8)), ToTensor()])
+    sets = [
+        Flowers102(data_root, split, transform=transform)
+        for split in ("train", "val", "test")
+        for transform in (SMALL, grey, large)
+    ]
+    assert len({fingerprint(each) for each in sets}) == 9
+    assert fingerprint(sets[0]) == fingerprint(pickle.loads(pickle.dumps(sets[0]))) != ""
 
 
-def test_another_order_or_source_has_another_fingerprint(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    paths = [save_noise(tmp_path / f"{n}.jpg") for n in range(3)]
-    elsewhere = [save_noise(tmp_path / "elsewhere" / f"{n}.jpg") for n in range(3)]
-    fingerprints = {
-        fingerprint(paths),
-        fingerprint(paths[::-1]),
-        fingerprint(paths[:2]),
-        fingerprint(elsewhere),
-    }
-    assert len(fingerprints) == 4
-
-
-def test_a_changed_or_missing_file_has_another_fingerprint(tmp_path):
-    path = save_noise(tmp_path / "picture.jpg")
-    before, time = fingerprint([path]), path.stat().st_mtime_ns
+def test_a_picture_that_changed_or_is_gone_is_another(data_root):
+    flowers = Flowers102(data_root, "val", transform=SMALL)
+    path = flowers._image_files[4]
+    prints, time = [fingerprint(flowers)], path.stat().st_mtime_ns
     os.utime(path, ns=(time, time + 1_000_000))
-    touched = fingerprint([path])
+    prints.append(fingerprint(flowers))
     path.write_bytes(path.read_bytes() + b"\0")
     os.utime(path, ns=(time, time))
-    longer = fingerprint([path])
+    prints.append(fingerprint(flowers))
     path.unlink()
-    assert len({before, touched, longer, fingerprint([path])}) == 4
+    prints.append(fingerprint(flowers))
+    assert len(set(prints)) == 4
 
 
-def test_another_version_of_pillow_or_of_the_code_has_another_fingerprint(tmp_path, monkeypatch):
-    path = save_noise(tmp_path / "picture.jpg")
-    before = fingerprint([path])
-    with monkeypatch.context() as patch:
-        patch.setattr(PIL, "__version__", "0.1")
-        older = fingerprint([path])
-    edited = tmp_path / "preprocessing.py"
-    edited.write_text("# another way")
-    monkeypatch.setattr(preprocessing, "__file__", str(edited))
-    assert len({before, older, fingerprint([path])}) == 3
+@pytest.mark.parametrize("module", [PIL, torchvision])
+def test_another_version_of_what_decodes_them_is_another(module, monkeypatch):
+    before = fingerprint(Listed(1))
+    assert fingerprint(Listed(1)) == before
+    monkeypatch.setattr(module, "__version__", "0.1")
+    assert fingerprint(Listed(1)) != before
 
 
-def test_a_symlink_loop_is_as_a_missing_file(tmp_path):
-    (tmp_path / "loop").symlink_to("loop")
-    assert len(fingerprint([tmp_path / "loop"])) == 64
+def test_the_code_that_makes_pictures_counts_and_in_a_notebook_nothing_is_kept(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "mine.py").write_text("class Mine: factor = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("mine")
+    before = fingerprint(mine.Mine())
+    assert before == fingerprint(mine.Mine()) != ""
+    (tmp_path / "mine.py").write_text("class Mine: factor = 2")
+    assert fingerprint(mine.Mine()) not in (before, "")
+    notebook = types.ModuleType("__main__")
+    notebook.Mine = mine.Mine
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    monkeypatch.setattr(mine.Mine, "__module__", "__main__")
+    assert fingerprint(mine.Mine()) == ""
 
 
-# The cache.
+def test_equal_tensors_have_equal_fingerprints():
+    one, same, other = (Listed((value * torch.ones(3, 4, 4), 0)) for value in (1, 1, 0.5))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
 
 
-class Computation:
-    """Returns ``PIXELS`` and counts how often it is asked to."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self) -> np.ndarray:
-        self.calls += 1
-        return PIXELS
+# augment().
 
 
-@pytest.fixture
-def kept(cache_folder) -> Path:
-    """The file in which ``PIXELS`` are kept under the name "pixels" and the key "key"."""
-    compute_once("pixels", "key", Computation())
-    (path,) = cache_folder.iterdir()
-    return path
+def matrices(images: Tensor) -> Tensor:
+    """Return where in the old image each place of the new one lies, as ``augment`` asks PyTorch."""
+    asked = []
+    affine_grid = torch.nn.functional.affine_grid
+
+    def spy(theta: Tensor, *arguments: object, **options: object) -> Tensor:
+        asked.append(theta)
+        return affine_grid(theta, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "affine_grid", spy)
+        augment(images)
+    return asked[0]
 
 
-def test_pixels_are_computed_once(cache_folder):
-    computation = Computation()
-    for _ in range(3):
-        pixels = compute_once("pixels", "key", computation)
-        assert pixels.dtype == torch.uint8
-        assert np.array_equal(pixels, PIXELS)
-    assert computation.calls == 1
+def test_all_changes_have_the_documented_ranges():
+    with seeded():
+        (a, b, right), (c, d, down) = matrices(torch.rand(20_000, 3, 2, 2)).permute(1, 2, 0)
+    for shift in (right, down):  # in halves of the picture
+        assert [shift.min(), shift.max()] == pytest.approx([-0.18, 0.18], abs=1e-3)
+        assert shift.mean() == pytest.approx(0, abs=4e-3)
+    zoom = 1 / torch.sqrt((a * d - b * c).abs())
+    assert [zoom.min(), zoom.max()] == pytest.approx([0.8, 1.25], abs=1e-3)
+    assert zoom.log().mean() == pytest.approx(0, abs=4e-3)
+    angle = torch.rad2deg(torch.atan2(-b, d))
+    assert [angle.min(), angle.max()] == pytest.approx([-25, 25], abs=0.1)
+    mirrored = a * d - b * c < 0
+    assert mirrored.float().mean() == pytest.approx(0.5, abs=0.02)
+    with seeded():
+        tints = augment(torch.full((20_000, 3, 2, 2), 0.5))[:, :, 0, 0].T / 0.5
+    assert [tints.min(), tints.max()] == pytest.approx([0.7, 1.3], abs=1e-3)
+    assert tints.mean() == pytest.approx(1, abs=4e-3)
+    # Each is drawn on its own.
+    draws = torch.stack([right, down, zoom.log(), angle, mirrored.float(), *tints])
+    assert (torch.corrcoef(draws) - torch.eye(8)).abs().max() < 0.03
 
 
-def test_another_key_is_computed_on_its_own(kept):
-    computation = Computation()
-    for key in ("other", "another", "another", "other"):
-        assert np.array_equal(compute_once("pixels", key, computation), PIXELS)
-    assert computation.calls == 3
+def still(monkeypatch, **but: float) -> None:
+    """Switch all changes off but these; half of the images are still mirrored."""
+    for name in ("SHIFT", "ROTATION", "ZOOM", "COLOUR"):
+        monkeypatch.setattr(preprocessing, name, but.get(name, 0.0))
 
 
-def test_a_byte_damaged_anywhere_never_changes_the_pixels(kept):
-    content = kept.read_bytes()
-    computation = Computation()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for place in range(0, len(content), 3):
-            damaged = bytearray(content)
-            damaged[place] ^= 0xFF
-            kept.write_bytes(damaged)
-            assert np.array_equal(compute_once("pixels", "key", computation), PIXELS)
-    assert computation.calls > 30
+def test_with_all_changes_off_images_are_mirrored_or_left_as_they_are(monkeypatch):
+    still(monkeypatch)
+    with seeded():
+        images = torch.rand(400, 3, 6, 9)
+        moved = augment(images)
+    same = torch.isclose(moved, images, atol=1e-5).all(dim=(1, 2, 3))
+    mirrored = torch.isclose(moved, images.flip(-1), atol=1e-5).all(dim=(1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert 150 < mirrored.sum() < 250
 
 
-@pytest.mark.filterwarnings("ignore:.*is damaged and made again")
-def test_damaged_pixels_are_computed_again_and_kept(kept):
-    content = bytearray(kept.read_bytes())
-    content[content.index(PIXELS.tobytes()) + 40] ^= 1
-    kept.write_bytes(content)
-    computation = Computation()
-    for _ in range(2):
-        assert np.array_equal(compute_once("pixels", "key", computation), PIXELS)
-    assert computation.calls == 1
+def test_a_square_keeps_its_shape_in_a_wide_picture_however_it_is_turned(monkeypatch):
+    still(monkeypatch, ROTATION=90.0)
+    images = torch.zeros(300, 1, 32, 64)
+    images[:, :, 10:22, 26:38] = 1
+    with seeded():
+        assert augment(images).sum(dim=(1, 2, 3)) == pytest.approx([144] * 300, abs=4)
 
 
-@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
-def test_a_truncated_file_is_computed_again_with_a_warning(kept, share):
-    content = kept.read_bytes()
-    kept.write_bytes(content[: int(share * len(content))])
-    computation = Computation()
-    with pytest.warns(UserWarning, match=f"{kept} is damaged and made again"):
-        assert np.array_equal(compute_once("pixels", "key", computation), PIXELS)
-    assert computation.calls == 1
+def test_what_moves_in_repeats_the_border(monkeypatch):
+    still(monkeypatch, SHIFT=0.5)
+    with seeded():
+        moved = augment(torch.arange(1, 9).repeat(200, 1, 8, 1) / 8)  # brighter to the right
+    assert [moved.min(), moved.max()] == pytest.approx([1 / 8, 1])
+    assert (moved.diff(dim=-2).abs() < 1e-6).all()
+    rising = moved[:, 0, 0].diff(dim=-1)
+    assert ((rising >= -1e-6).all(-1) | (rising <= 1e-6).all(-1)).all()
+    assert (rising.abs() < 1e-6).any(-1).float().mean() > 0.65
 
 
-@pytest.mark.parametrize(
-    "content",
-    [{"pixels": torch.from_numpy(PIXELS)}, [1, 2], 3],
-)
-def test_a_file_of_another_version_is_computed_again(kept, content):
-    torch.save(content, kept)
-    with pytest.warns(UserWarning, match="is damaged and made again"):
-        assert np.array_equal(compute_once("pixels", "key", Computation()), PIXELS)
-
-
-class CreatesFile:
-    """Unpickled carelessly, it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_file_that_would_run_code_is_computed_again_and_runs_none(kept, tmp_path):
-    victim = tmp_path / "victim"
-    np.savez(kept, pixels=np.array([CreatesFile(victim)]))
-    with pytest.warns(UserWarning, match=r"is damaged and made again \(ValueError\)"):
-        assert np.array_equal(compute_once("pixels", "key", Computation()), PIXELS)
-    assert not victim.exists()
-
-
-@pytest.mark.parametrize("method", [1, 8, 12, 14, 99])
-def test_a_flipped_compression_byte_is_computed_again(kept, method):
-    content = bytearray(kept.read_bytes())
-    for signature, offset in ((b"PK\x01\x02", 10), (b"PK\x03\x04", 8)):
-        content[content.index(signature) + offset] = method
-    kept.write_bytes(content)
-    with pytest.warns(UserWarning, match="is damaged and made again"):
-        assert np.array_equal(compute_once("pixels", "key", Computation()), PIXELS)
-
-
-def test_a_zip_bomb_is_not_unpacked(kept, monkeypatch):
-    with zipfile.ZipFile(kept, "w", zipfile.ZIP_DEFLATED) as bomb:
-        bomb.writestr("pixels.npy", bytes(50_000_000))
-    assert kept.stat().st_size < 100_000
-    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: pytest.fail("it is unpacked"))
-    with pytest.warns(UserWarning, match="is damaged and made again"):
-        assert np.array_equal(compute_once("pixels", "key", Computation()), PIXELS)
-
-
-def test_a_header_that_asks_for_more_than_the_memory_is_computed_again(kept):
-    pixels = io.BytesIO()
-    header = {"descr": "|u1", "fortran_order": False, "shape": (2**50,)}
-    np.lib.format.write_array_header_1_0(pixels, header)
-    with zipfile.ZipFile(kept, "w") as archive:
-        archive.writestr("pixels.npy", pixels.getvalue())
-    with pytest.warns(UserWarning, match="is damaged and made again"):
-        assert np.array_equal(compute_once("pixels", "key", Computation()), PIXELS)
-
-
-@pytest.mark.parametrize("error", [struct.error("odd"), MemoryError(), NotImplementedError()])
-def test_whatever_the_reader_raises_the_pixels_are_computed_again(kept, monkeypatch, error):
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(np, "load", fail)
-    message = rf"is damaged and made again \({type(error).__name__}\)"
-    with pytest.warns(UserWarning, match=message):
-        assert np.array_equal(compute_once("pixels", "key", Computation()), PIXELS)
-
-
-@pytest.mark.parametrize("kind", ["fifo", "loop", "device"])
-def test_what_is_no_regular_file_is_replaced(kept, kind):
-    kept.unlink()
-    {
-        "fifo": lambda: os.mkfifo(kept),
-        "loop": lambda: kept.symlink_to(kept),
-        "device": lambda: kept.symlink_to("/dev/zero"),
-    }[kind]()
-    computation = Computation()
-    for _ in range(2):
-        assert np.array_equal(compute_once("pixels", "key", computation), PIXELS)
-    assert computation.calls == 1
-    assert kept.is_file()
-    assert not kept.is_symlink()
-
-
-def test_outdated_files_and_left_temporaries_of_the_same_pictures_are_removed(kept):
-    for name in ("pixels-older.npz", "pixels-key.123.npz", "pixels-old.pt", "others-key.npz"):
-        (kept.parent / name).touch()
-    compute_once("pixels", "new", Computation())
-    left = {path.name for path in kept.parent.iterdir()}
-    assert left == {"pixels-new.npz", "others-key.npz"}
-
-
-def test_a_folder_that_cannot_be_written_to_costs_a_warning_and_no_more(cache_folder):
-    cache_folder.write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="decoded pictures are not kept for the next run"):
-        assert np.array_equal(compute_once("pixels", "key", Computation()), PIXELS)
-    assert cache_folder.is_file()
-
-
-def test_a_folder_in_the_place_of_the_file_costs_a_warning_and_no_more(kept):
-    kept.unlink()
-    kept.mkdir()
-    with pytest.warns(UserWarning, match="decoded pictures are not kept for the next run"):
-        assert np.array_equal(compute_once("pixels", "key", Computation()), PIXELS)
-
-
-def test_an_error_while_computing_keeps_nothing(cache_folder):
-    def fail() -> np.ndarray:
-        raise ValueError("picture.jpg does not exist")
-
-    with pytest.raises(ValueError, match=r"picture\.jpg"):
-        compute_once("pixels", "key", fail)
-    assert not cache_folder.exists() or not list(cache_folder.iterdir())
-
-
-def test_the_kept_file_is_the_only_one_left_in_the_folder(kept):
-    assert kept.name == "pixels-key.npz"
-    assert list(kept.parent.iterdir()) == [kept]
-
-
-BUILDER = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from datasets import preprocessing
-
-folder, name = Path(sys.argv[1]), sys.argv[2]
-preprocessing.CACHE_FOLDER = folder / "cache"
-
-def compute():
-    (folder / name).touch()
-    while not all((folder / other).exists() for other in ("one", "two")):
-        time.sleep(0.01)
-    return np.full((50, 32, 32, 3), 7, np.uint8)
-
-print(int(preprocessing.compute_once("pixels", "key", compute).sum()))
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_may_build_the_same_file_at_once(tmp_path, monkeypatch):
-    builders = [
-        subprocess.Popen(
-            [sys.executable, "-c", BUILDER, str(tmp_path), name],
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("one", "two")
-    ]
-    total = 50 * 32 * 32 * 3 * 7
-    assert [builder.communicate(timeout=60) for builder in builders] == [(f"{total}\n", "")] * 2
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["pixels-key.npz"]
-    monkeypatch.setattr(preprocessing, "CACHE_FOLDER", tmp_path / "cache")
-    kept = compute_once("pixels", "key", Computation())
-    assert int(kept.sum()) == total
+def test_augmented_images_keep_shape_precision_and_range_and_repeat_with_the_seed():
+    images = torch.rand(50, 3, 8, 16, dtype=torch.float64)
+    augmented = []
+    for seed in (1, 1, 2):
+        with seeded(seed):
+            augmented.append(augment(images))
+    one, again, other = augmented
+    assert (one.shape, one.dtype) == (images.shape, images.dtype)
+    assert one.is_contiguous(memory_format=torch.channels_last)
+    assert 0 <= one.min() < one.max() <= 1
+    assert augment(torch.ones(99, 3, 2, 2)).max() == 1 < 1 + COLOUR
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)

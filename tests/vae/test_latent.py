@@ -48,19 +48,6 @@ def test_latents_are_fitted_by_the_moments_of_the_aggregate_posterior(model, ima
     assert np.allclose(latents.covariance_matrix, covariance, rtol=1e-4, atol=1e-5)
 
 
-def test_the_fit_does_not_depend_on_the_batches(model, images):
-    whole, parts = fit_latents(model, [images]), fit_latents(model, images.split(7))
-    assert torch.allclose(whole.mean, parts.mean)
-    assert torch.allclose(whole.covariance_matrix, parts.covariance_matrix, rtol=1e-4)
-
-
-def test_a_single_image_has_its_own_posterior_as_the_fit(model, images):
-    mean, log_var = model.encoder(images[:1])
-    latents = fit_latents(model, [images[:1]])
-    assert torch.equal(latents.mean, mean[0])
-    assert torch.allclose(latents.covariance_matrix, log_var[0].exp().diag(), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_latents_on_a_line_and_without_width_can_still_be_drawn(model, images, scale):
     model.encoder.fcv.bias.fill_(-100)
@@ -120,13 +107,6 @@ def test_spherical_steps_between_vectors_on_one_line_are_finite(factor):
     z = spherical_steps(start, factor * start, 4)
     assert torch.allclose(z[[0, -1]], torch.cat((start, factor * start)), atol=1e-6)
     assert z.isfinite().all()
-
-
-def test_spherical_steps_from_a_vector_to_itself_stay_there():
-    with seeded():
-        for start in torch.randn(200, 1, 10):
-            z = spherical_steps(start, start.clone(), 5)
-            assert torch.allclose(z, start.repeat(5, 1), atol=1e-5)
 
 
 # Along one dimension.

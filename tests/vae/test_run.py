@@ -95,7 +95,7 @@ def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 # The folder.
 
-HOLD = "from filelock import *; lock = FileLock({!r}); lock.acquire(); print(1, flush=True); input()"
+HOLD = "from filelock import *; it = FileLock({!r}); it.acquire(); print(1, flush=True); input()"
 
 
 def test_a_folder_that_another_process_writes_to_is_left_alone_until_it_ends(finished):
@@ -103,8 +103,7 @@ def test_a_folder_that_another_process_writes_to_is_left_alone_until_it_ends(fin
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     before = content(finished)
     with subprocess.Popen(command, **pipes) as holder:
-        assert holder.stdout.readline() == b"1
-"
+        assert holder.stdout.readline() == b"1\n"
         with pytest.raises(UserError, match=f"another run is writing to {finished}: wait for it"):
             train_small(finished, True, epochs=4)
         assert content(finished) == before
@@ -239,11 +238,8 @@ def draw(folder: Path, epoch: int, seed: int = 0, before: int = 0) -> list[float
         return torch.rand(4).tolist()
 
 
-def test_all_chance_in_an_epoch_follows_from_seed_and_epoch_alone(folder):
+def test_all_chance_follows_from_seed_and_epoch_and_no_two_of_them_draw_the_same(folder):
     assert draw(folder, epoch=2) == draw(folder, epoch=2, before=7)
-
-
-def test_no_two_epochs_and_no_two_seeds_draw_the_same_nor_what_weights_were_drawn_from(folder):
     seeds = [0, 1, 2, 2**32 - 1]
     drawn = {tuple(draw(folder, epoch, seed)) for epoch in range(4) for seed in seeds}
     torch.manual_seed(0)
@@ -321,17 +317,14 @@ def test_a_finished_run_that_grows_ends_as_if_it_had_been_longer(finished, tmp_p
 
 
 def test_another_number_of_threads_is_said_in_one_line_and_no_refusal(finished, capfd):
-    threads = torch.get_num_threads()
-    was, now = (f"cpu (threads: {threads + more}, torch {torch.__version__})" for more in (0, 1))
+    now = f"cpu (threads: {torch.get_num_threads()}, torch {torch.__version__})"
     train_small(finished, True, epochs=4)
     assert "warning" not in capfd.readouterr().err
-    torch.set_num_threads(threads + 1)
-    try:
-        train_small(finished, True, epochs=5)
-    finally:
-        torch.set_num_threads(threads)
+    change(finished / "checkpoint.pt", lambda checkpoint: checkpoint.update(place="cpu (old)"))
+    train_small(finished, True, epochs=5)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
-    assert line.startswith(f"warning: the run was on {was} and is now on {now}: ")
+    assert line.startswith(f"warning: the run was on cpu (old) and is now on {now}: ")
+    assert load_checkpoint(finished / "checkpoint.pt")["place"] == now
 
 
 def test_time_counts_on_in_a_resumed_run(finished):
@@ -366,13 +359,11 @@ REFUSED = {
     "a parameter without moments": lambda it: it["optimiser"].pop(3),
     "a moment of another shape": lambda it: it["optimiser"][0].update(exp_avg=torch.zeros(2)),
     "a moment that is not finite": lambda it: it["optimiser"][0]["exp_avg"].fill_(float("nan")),
-    "a moment that is no tensor": lambda it: it["optimiser"][0].update(exp_avg=0.0),
     "a weight that is missing": lambda it: it["model"].pop("encoder.fcm.bias"),
     "a weight that is not finite": lambda it: it["model"]["encoder.fcm.bias"].fill_(float("nan")),
     "an epoch too late": lambda it: it.update(epoch=5),
     "an epoch that is none": lambda it: it.update(epoch=0.5),
     "a time in words": lambda it: it.update(seconds="long"),
-    "a config that is empty": lambda it: it.update(config={}),
     **{
         f"nothing for {part}": lambda it, part=part: it.pop(part)
         for part in ("optimiser", "epoch", "seconds", "pictures", "place", "model", "config")

@@ -127,24 +127,6 @@ def test_the_posts_weights_give_the_posts_outputs_losses_and_gradients(memory_fo
 # Sizes.
 
 
-@pytest.mark.parametrize(
-    ("resolution", "channels", "latent_size"),
-    [((8, 8), 3, 10), ((16, 40), 1, 2), ((40, 16), 3, 1), ((32, 32), 3, 512), ((256, 256), 3, 3)],
-)
-def test_each_resolution_channel_count_and_latent_size_is_honoured(
-    resolution, channels, latent_size
-):
-    model = VAE(resolution, latent_size, channels)
-    x = torch.rand(2, channels, *resolution)
-    reconstruction, mean, log_var = model(x)
-    assert reconstruction.shape == x.shape
-    assert mean.shape == log_var.shape == (2, latent_size)
-
-
-def test_sizes_come_in_the_posts_order():
-    assert VAE((16, 24), 5, 3).encoder.fcm.weight.shape == (5, 64 * 2 * 3)
-
-
 def test_images_with_height_and_width_swapped_are_refused_by_the_loss():
     # They have as many features as the right ones, and come out of the model turned.
     x = torch.rand(2, 3, 24, 16)

@@ -1,0 +1,213 @@
+import shutil
+import socket
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import write_photograph
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets import Flowers102
+from torchvision.transforms import Compose, Resize, ToTensor
+
+import datasets
+from datasets import DATASETS, choose_dataset, download, find_dataset
+from datasets.folder import PictureFolder
+from datasets.preprocessing import InMemory, UserError
+
+ARCHIVE = "102flowers.tgz"
+FILES = (ARCHIVE, "imagelabels.mat", "setid.mat")
+PIPELINE = Compose([Resize((8, 8)), ToTensor()])
+
+
+@pytest.fixture(autouse=True)
+def _short_time_out(monkeypatch) -> None:
+    monkeypatch.setattr(datasets, "TIMEOUT", 0.3)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def stall(server, handler) -> None:
+    """Send the beginning of a file, and then nothing."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    handler.wfile.write(bytes(1000))
+    server.say_nothing(handler)
+
+
+# choose_dataset().
+
+
+def test_auto_takes_flowers_on_disk_and_any_other_name_stays(server, data_root):
+    assert choose_dataset("auto", data_root) == ("flowers102", "")
+    for name in ("flowers102", "dtd", "some/folder"):
+        assert choose_dataset(name, data_root.parent) == (name, "")
+    assert server.asked_for == []
+
+
+def test_auto_downloads_what_is_not_on_disk(server, tmp_path):
+    assert choose_dataset("auto", tmp_path) == ("flowers102", "")
+    assert len(Flowers102(tmp_path, "test")) == 34
+
+
+def test_auto_takes_synthetic_flowers_where_no_server_is_and_says_why(no_server, tmp_path):
+    name, reason = choose_dataset("auto", tmp_path)
+    assert name == "synthetic"
+    assert reason.startswith(f"flowers102 is not in {tmp_path} and its server cannot be reached")
+    assert "refused" in reason
+    assert "\n" not in reason
+    with pytest.raises(ConnectionError, match="--data-root, or take --dataset synthetic"):
+        find_dataset("flowers102", tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["cut_off", "garble"])
+def test_a_damaged_download_is_no_reason_to_fall_back(server, tmp_path, fault):
+    server.faults[ARCHIVE] = getattr(server, fault)
+    with pytest.raises(UserError, match="download of flowers102 is damaged"):
+        choose_dataset("auto", tmp_path)
+
+
+# find_dataset().
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_flowers_are_torchvisions_bit_for_bit(data_root, split):
+    pictures = InMemory(find_dataset("flowers102", data_root)(split=split, transform=PIPELINE))
+    expected = Flowers102(data_root, split, transform=PIPELINE)
+    assert len(pictures) == len(expected)
+    assert pictures.classes == expected.classes
+    for (image, label), (posts_image, posts_label) in zip(pictures, expected, strict=True):
+        assert torch.equal(image, posts_image)
+        assert label == posts_label
+
+
+def test_a_folder_is_a_data_set(tmp_path, monkeypatch):
+    for split in ("train", "val", "test"):
+        (tmp_path / "photographs" / split).mkdir(parents=True)
+        write_photograph(tmp_path / "photographs" / split / "one.jpg")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path / "photographs"), "photographs", "~/photographs"):
+        val = find_dataset(name, tmp_path / "elsewhere")(split="val", transform=PIPELINE)
+        assert isinstance(val, PictureFolder)
+        assert val[0][0].shape == (3, 8, 8)
+
+
+def test_what_is_missing_is_not_downloaded_if_it_is_not_to_be(server, tmp_path):
+    with pytest.raises(UserError, match=f"flowers102 is not in {tmp_path}"):
+        find_dataset("flowers102", tmp_path, fetch=False)
+    assert server.asked_for == []
+
+
+@pytest.mark.parametrize("name", ["mnist", __file__])
+def test_another_name_is_refused_in_one_line_that_has_all_names(tmp_path, name):
+    with pytest.raises(UserError, match=f"--dataset is {name}: a folder of pictures") as error:
+        find_dataset(name, tmp_path)
+    assert all(name in str(error.value) for name in DATASETS)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["auto", "flowers102"])
+def test_a_data_root_that_cannot_be_written_to_is_an_error_of_its_own(server, tmp_path, name):
+    (tmp_path / "data").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match=f"{tmp_path / 'data'}") as error:
+        choose_dataset(name, tmp_path / "data")
+        find_dataset(name, tmp_path / "data")
+    assert not isinstance(error.value, ConnectionError)
+
+
+# A data set of the reader's own.
+
+
+class Stamps(Dataset):
+    """A reader's data set, which "downloads" three pictures of a colour for each split."""
+
+    def __init__(self, root, split="train", transform=None, download=False) -> None:
+        self.folder, self.transform = Path(root) / "stamps" / split, transform
+        for number in range(9 if download else 0):
+            name = ("train", "val", "test")[number // 3]
+            (Path(root) / "stamps" / name).mkdir(parents=True, exist_ok=True)
+            picture = Image.new("RGB", (9, 9), (number, 0, 0))
+            picture.save(Path(root) / "stamps" / name / f"{number}.png")
+        if not self.folder.is_dir():
+            raise RuntimeError("Stamps not found. Use download=True to download them.")
+        self.files = sorted(self.folder.iterdir())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int):
+        return self.transform(Image.open(self.files[index])), index
+
+
+def test_a_class_of_the_readers_own_is_one_more_entry(tmp_path, monkeypatch, cache_folder):
+    monkeypatch.setitem(DATASETS, "stamps", Stamps)
+    dataset = find_dataset("stamps", tmp_path)
+    assert names_in(tmp_path) == {"stamps"}
+    pictures = InMemory(dataset(split="val", transform=PIPELINE))
+    assert pictures.pixels[:, 0, 0, 0].tolist() == [3, 4, 5]
+    assert pictures.labels == [0, 1, 2]
+
+
+def test_an_error_in_the_readers_own_class_keeps_its_traceback(tmp_path, monkeypatch):
+    class Broken(Dataset):
+        def __init__(self, root, split="train", transform=None, download=False) -> None:
+            raise RuntimeError("sizes do not match")
+
+    monkeypatch.setitem(DATASETS, "broken", Broken)
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        find_dataset("broken", tmp_path)
+
+
+# download().
+
+
+def test_a_download_leaves_the_flowers_unpacked_and_nothing_else(server, tmp_path, capsys):
+    root = tmp_path / "some" / "data"
+    before = socket.getdefaulttimeout()
+    download("flowers102", root)
+    assert socket.getdefaulttimeout() == before != datasets.TIMEOUT
+    assert f"Downloading flowers102 to {root}\n" in capsys.readouterr().err
+    assert names_in(root) == {"flowers-102"}
+    assert names_in(root / "flowers-102") == {*FILES, "jpg"}
+    assert all(path.is_file() for path in Flowers102(root, "test")._image_files)
+
+
+@pytest.mark.parametrize("part", ["jpg", "imagelabels.mat"])
+def test_flowers_that_lack_a_part_are_named_and_not_touched(server, data_root, part):
+    folder = data_root / "flowers-102"
+    path = folder / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = names_in(folder)
+    with pytest.raises(UserError, match=f"{folder} is there, but incomplete.*move it away"):
+        find_dataset("flowers102", data_root)
+    assert names_in(folder) == before
+    assert names_in(data_root) == {"flowers-102"}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("fault", ["cut_off", "garble"])
+def test_after_a_damaged_download_nothing_is_left_and_the_next_succeeds(
+    server, tmp_path, name, fault
+):
+    server.faults[name] = getattr(server, fault)
+    with pytest.raises(UserError, match="the download of flowers102 is damaged"):
+        download("flowers102", tmp_path)
+    assert names_in(tmp_path) == set()
+    server.faults.clear()
+    download("flowers102", tmp_path)
+    assert len(Flowers102(tmp_path, "train")) == 20
+
+
+@pytest.mark.parametrize("name", [ARCHIVE, "setid.mat"])
+@pytest.mark.parametrize("fault", ["say_nothing", "stall", "fail", "speak_another_language"])
+def test_a_server_that_does_not_answer_counts_as_unreachable(server, tmp_path, name, fault):
+    server.faults[name] = partial(stall, server) if fault == "stall" else getattr(server, fault)
+    with pytest.raises(ConnectionError, match="cannot be reached") as error:
+        download("flowers102", tmp_path)
+    assert "\n" not in str(error.value)
+    assert names_in(tmp_path) == set()
