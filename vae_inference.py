@@ -152,6 +152,7 @@ def explore(
     with open_model(settings, "explore.html", images) as (model, latents):
         pictures = photographs(model, images, settings)
         start = model.encoder(pictures[0])[0] if pictures else latents.sample((1,))
+        check_page(model, latents.sample((8,)))
         exported = {
             "features": model.decoder.feature_shape,
             "variation": variation_per_dimension(model, latents).tolist(),
@@ -163,7 +164,6 @@ def explore(
                 for weight, bias in (layer.parameters() for layer in layers_of(model.decoder))
             ],
         }
-        check_page(model, latents.sample((8,)))
         template = (ROOT / "vae" / "explore.html").read_text(encoding="utf-8")
         page = template.replace("{{model}}", json.dumps(exported))
         write(page.encode(), settings, "explore.html")
@@ -177,11 +177,16 @@ def check(name: str, given: float, low: float, high: float) -> None:
 
 def check_page(model: VAE, z: Tensor) -> None:
     """Raise ``UserError`` where the page would draw other pictures than the model does."""
-    fc, *deconvs = layers_of(model.decoder)
-    x = fc(z).reshape(len(z), *model.decoder.feature_shape)
-    for deconv in deconvs[:-1]:
-        x = deconv(x).relu()
-    if not torch.allclose(deconvs[-1](x).sigmoid(), model.decoder(z), atol=1e-4):
+    try:
+        fc, *deconvs = layers_of(model.decoder)
+        x = fc(z).reshape(len(z), *model.decoder.feature_shape)
+        for deconv in deconvs[:-1]:
+            x = deconv(x).relu()
+        same = torch.allclose(deconvs[-1](x).sigmoid(), model.decoder(z), atol=1e-4)
+        same &= all(len([*layer.parameters()]) == 2 for layer in (fc, *deconvs))
+    except AttributeError:  # a layer of another name or kind
+        same = False
+    if not same:
         raise UserError(
             "this decoder does more than the page can: explore draws one linear layer and three "
             "transposed convolutions, with batch norms and ReLUs between them"

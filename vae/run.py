@@ -336,8 +336,14 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of ``path`` once the block has ended well.
 
     Whoever reads ``path`` meanwhile sees the old file or the new one, never half of one; after an
-    error the old one is still there.
+    error the old one is still there. Of a link, the file that it points to is replaced; what is
+    there and no file, such as a device, is an ``OSError``.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file and is not replaced by one")
+    if not path.parent.is_dir():
+        raise OSError(f"{path.parent} is not a folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with open(temporary, "wb") as file:
