@@ -93,8 +93,9 @@ def download(name: str, root: Path) -> None:
                 shutil.move(path, root / path.name)
     except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
         advice = "give the folder that holds it to --data-root, or take --dataset synthetic"
+        reason = " ".join(str(error).split())
         raise ConnectionError(
-            f"{name} is not in {root} and its server cannot be reached ({error}): {advice}"
+            f"{name} is not in {root} and its server cannot be reached ({reason}): {advice}"
         ) from None
     except RuntimeError as error:  # torchvision's, for another checksum than it knows
         raise UserError(f"the download of {name} is damaged ({error}): try again") from None

@@ -35,17 +35,21 @@ class PictureFolder(Dataset):
     def __init__(
         self, root: Path | str, split: str = "train", transform: Callable[..., Any] | None = None
     ) -> None:
-        self.root, self.split, self.transform = Path(root), split, transform
+        self.root, self._split, self.transform = Path(root), split, transform
         divided = all((self.root / each).is_dir() for each in SPLITS)
-        top = self.root / split if divided else self.root
-        found = find_pictures(top)
-        self.paths = [path for path in found if divided or split_of(path, top) == split]
+        tops = {each: self.root / each if divided else self.root for each in SPLITS}
+        found = {top: find_pictures(top) for top in tops.values()}
+        top = tops[split]
+        self.paths = [path for path in found[top] if divided or split_of(path, top) == split]
         if not self.paths:
             raise UserError(
-                f"{root} has {len(found)} pictures for its {split} split, too few: some 30 divide "
-                f"by themselves; for fewer, make subfolders train, val and test"
+                f"{root} has {len(found[top])} pictures for its {split} split, too few: some 30 "
+                "divide by themselves; for fewer, make subfolders train, val and test"
             )
-        self.classes = sorted({self.species(path, top) for path in found})
+        # Of all splits, so that a label means the same in each.
+        self.classes = sorted(
+            {self.species(path, t) for t, paths in found.items() for path in paths}
+        )
         self.labels = [self.classes.index(self.species(path, top)) for path in self.paths]
 
     def species(self, path: Path, top: Path) -> str:

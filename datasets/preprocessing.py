@@ -1,6 +1,7 @@
 """From pictures to tensors: read any picture, keep a whole data set in memory, change a batch."""
 
 import hashlib
+import io
 import math
 import os
 import pickle
@@ -8,6 +9,7 @@ import pickletools
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,10 @@ def read_picture(path: Path) -> Image.Image:
     """
     read_heic()
     try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
+        with warnings.catch_warnings(), ExitStack() as stack:
             # Pillow warns of odd metadata, and of over 89 million pixels, which still fit.
-            warnings.filterwarnings("ignore", module="PIL")
+            warnings.simplefilter("ignore")
+            opened = stack.enter_context(Image.open(path))
             image = ImageOps.exif_transpose(opened)
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers; save it as PNG or JPEG")
@@ -127,6 +130,10 @@ class InMemory(Dataset):
             except DamagedPicture as error:
                 self.left_out.append(str(error))
                 return
+            except OSError as error:
+                files = [*files_of(dataset)]
+                where = files[i] if len(files) == len(dataset) else f"picture {i} of {self.name}"
+                raise UserError(f"{where} cannot be read as a picture: {error}") from None
             if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
                 raise UserError(
                     f"picture {i} of {self.name} is no float tensor [channels, height, width]: its "
@@ -154,11 +161,9 @@ class InMemory(Dataset):
         if self.progress:
             print(f"Reading {len(dataset):,} pictures of {self.name}", file=sys.stderr)
         bar = {"unit": "picture", "leave": False, "disable": None if self.progress else True}
-        try:
-            thread_map(read_one, range(first, len(dataset)), **bar)
-        except OSError as error:
-            raise UserError(f"a picture of {self.name} cannot be read: {error}") from None
-        self.pixels = self.pixels[torch.tensor(read)] if not all(read) else self.pixels
+        thread_map(read_one, range(first, len(dataset)), **bar)
+        if not all(read):
+            self.pixels = self.pixels[torch.tensor(read)] if any(read) else self.pixels[:0]
         self.labels = [label for label, there in zip(labels, read, strict=True) if there]
 
     def _load(self, path: Path) -> bool:
@@ -175,18 +180,22 @@ class InMemory(Dataset):
             return False
 
     def _keep(self, path: Path) -> None:
-        """Keep the pictures for the next run, in place of those of an earlier key."""
-        labels = np.array(self.labels)
-        if labels.dtype == object or labels.tolist() != self.labels:
+        """Keep the pictures for the next run, and of all that was ever kept the newest thirty."""
+        kinds = {type(label) for label in self.labels}
+        if not (len(kinds) == 1 and kinds <= {int, float, str}):
             return  # Only plain numbers and texts come back as they were.
+        labels = np.array(self.labels)
         temporary = path.with_suffix(f".{os.getpid()}.npz")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez(temporary, pixels=self.pixels.numpy(), labels=labels, left_out=self.left_out)
             temporary.replace(path)
+            for old in sorted(path.parent.glob("*.npz"), key=os.path.getmtime)[:-30]:
+                old.unlink()
         except OSError as error:
             print(f"warning: pictures are not kept for the next run: {error}", file=sys.stderr)
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -217,31 +226,48 @@ class InMemory(Dataset):
             yield self.images(slice(start, start + size))
 
 
+class _Pickler(pickle.Pickler):
+    """Pickles a tensor as its values: PyTorch's own pickle of one differs each time."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (bytes, (value.numpy().tobytes(),)) if isinstance(value, Tensor) else NotImplemented
+
+
 def fingerprint(dataset: Any) -> str:
     """Return what identifies a data set's pictures, or "" where nothing does.
 
     That is its pickle (parameters, names of files, transform), the code of each module that the
     pickle names, the sizes and times of its files, and the versions of what decodes them.
     """
+    pickled = io.BytesIO()
     try:
-        pickled = pickle.dumps(dataset)
+        _Pickler(pickled).dump(dataset)
     except Exception:  # pickle raises almost anything for what it cannot take, such as a lambda
         return ""
-    state = hashlib.sha256(f"{PIL.__version__} {torchvision.__version__}".encode() + pickled)
-    names = {argument for _, argument, _ in pickletools.genops(pickled)}
+    content = pickled.getvalue()
+    state = hashlib.sha256(f"{PIL.__version__} {torchvision.__version__}".encode() + content)
+    names = {argument for _, argument, _ in pickletools.genops(content)}
     for name in sorted(name for name in names if isinstance(name, str) and name in sys.modules):
-        file = getattr(sys.modules[name], "__file__", None)
-        if name == "__main__" and not file:
-            return ""
-        if file and file.endswith(".py"):
+        file = getattr(sys.modules[name], "__file__", None) or ""
+        if file.endswith(".py"):
             state.update(Path(file).read_bytes())
+        elif name == "__main__":
+            return ""
+    for path in files_of(dataset):
+        status = os.stat(path)
+        state.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+    return state.hexdigest()[:32]
+
+
+def files_of(dataset: Any) -> Iterator[str | os.PathLike[str]]:
+    """Yield the files in a data set's lists, and in those of the data sets that it is made of."""
     for values in vars(dataset).values():
+        if isinstance(values, Dataset):
+            yield from files_of(values)
         for value in values if isinstance(values, list) else ():
             path = value[0] if isinstance(value, tuple) and value else value
-            if isinstance(path, (str, os.PathLike)) and os.path.isfile(path):
-                status = os.stat(path)
-                state.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
-    return state.hexdigest()[:32]
+            if isinstance(path, str | os.PathLike) and os.path.isfile(path):
+                yield path
 
 
 def augment(images: Tensor) -> Tensor:

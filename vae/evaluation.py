@@ -146,7 +146,7 @@ def evaluate_pca(
         residual = batch.flatten(1) - centre
         residual -= residual @ directions @ directions.T
         errors.append(torch.square(residual).sum(dim=1))
-    drawn = codes[0].mean(dim=0) + torch.randn_like(codes[1]) * codes[0].std(dim=0)
+    drawn = codes[0].mean(dim=0) + torch.randn_like(codes[1]) * codes[0].std(dim=0, correction=0)
     images = features(test())
     frechet = {
         "reconstructions": decode(codes[1]),

@@ -51,7 +51,7 @@ def write_validation(
     train, val, test = splits
     metrics = evaluate(model, val.batches(), loss)
     if not math.isfinite(metrics["total_loss"]):
-        return  # A weight is not finite: Run.save stops the run and says so.
+        return  # Run.save or the report stops the run and says so.
     for name in COMPARED:
         writer.add_scalar(f"validation/{name}", metrics[name], epoch)
     writer.add_histogram("validation/kl_per_dimension", Tensor(metrics["kl_per_dimension"]), epoch)
@@ -82,19 +82,23 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
     model.eval()
     train, val, test = splits
     loss = ELBOLoss(options.beta, options.likelihood)
+    scores = {"train": evaluate(model, train.batches(), loss)}
+    if not math.isfinite(scores["train"]["total_loss"]):
+        raise run.diverged(options.epochs)
     latents = fit_latents(model, train.batches())
+    scores["val"] = evaluate(model, val.batches(), loss)
+    scores["test"] = evaluate(model, test.batches(), loss)
     features = frechet_features(test.batches)
+    samples = evaluate_samples(model, latents, train.batches, test.batches, features)
     pca = evaluate_pca(train.batches, test.batches, options.latent_size, features)
     metrics: dict[str, Any] = {
         "dataset": options.dataset,
         "epochs": options.epochs,
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "train": evaluate(model, train.batches(), loss),
-        "val": evaluate(model, val.batches(), loss),
-        "test": evaluate(model, test.batches(), loss),
-        "samples": evaluate_samples(model, latents, train.batches, test.batches, features),
-        "pca": pca,
+        **scores,
+        "samples": samples,
         "species": species(model, pca.pop("codes"), train, test),
+        "pca": pca,
         "seconds": seconds,
         "device": str(run.device),
         "versions": {
@@ -116,8 +120,8 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
             save_image(grid, file, format="png")
 
     experiment = {name: value for name, value in asdict(options).items() if name not in FREE}
-    scores = {f"test/{name}": metrics["test"][name] for name in COMPARED}
-    writer.add_hparams(experiment, scores, run_name=".")
+    compared = {f"test/{name}": scores["test"][name] for name in COMPARED}
+    writer.add_hparams(experiment, compared, run_name=".")
     write_latents(writer, model, test, options.epochs)
     # The last: where they are, all is done.
     fitted = {"mean": latents.mean.cpu(), "covariance": latents.covariance_matrix.cpu()}
@@ -163,7 +167,8 @@ def write_latents(writer: SummaryWriter, model: VAE, test: InMemory, epoch: int)
     names = test.classes
     if names is not None and all(label in range(len(names)) for label in labels):
         labels = [names[label] for label in labels]
-    writer.add_embedding(means, [str(label) for label in labels], pictures, epoch, "test_latents")
+    thumbnails = pictures[:, : 3 if pictures.shape[1] >= 3 else 1]  # as many as it can show
+    writer.add_embedding(means, [str(label) for label in labels], thumbnails, epoch, "test_latents")
 
 
 def summary(metrics: dict[str, Any], folder: Path) -> str:

@@ -199,10 +199,7 @@ class Run(ExitStack):
     def save(self, model: VAE, optimiser: Optimizer, epoch: int) -> None:
         """Write a checkpoint if it is due after so many epochs; stop if a signal asked for it."""
         if not all(weight.isfinite().all() for weight in model.state_dict().values()):
-            what = f"loss or weights are no longer finite in epoch {epoch - 1}"
-            raise FloatingPointError(
-                f"{what}: lower --learning-rate. The last good checkpoint is in {self.folder}"
-            )
+            raise self.diverged(epoch)
         self.in_epoch = epoch < self.options.epochs
         stop = self.stop_requested  # read once: a signal may come between two looks
         if stop or not self.in_epoch or epoch % self.options.checkpoint_every == 0:
@@ -218,6 +215,13 @@ class Run(ExitStack):
             save_checkpoint(checkpoint, self.folder / "checkpoint.pt")
         if stop:
             raise Stopped(stop, self.folder)
+
+    def diverged(self, epochs: int) -> FloatingPointError:
+        """Return the error for a loss or weights that are not finite after so many epochs."""
+        kept = (self.folder / "checkpoint.pt").exists()
+        last = f". The last good checkpoint is in {self.folder}" if kept else ""
+        what = f"loss or weights are no longer finite in epoch {epochs - 1}"
+        return FloatingPointError(f"{what}: lower --learning-rate{last}")
 
     def restore(self, model: VAE, optimiser: Optimizer) -> int:
         """Take up model and optimiser from the checkpoint; return the epoch to go on with."""

@@ -126,9 +126,8 @@ def test_pairs_come_back_as_the_data_set_gives_them(channels):
     dataset = noise(70, channels)
     pictures = read(dataset)
     assert pictures.image_shape == (channels, 8, 6)
-    for (image, label), (other, number) in zip(pictures, dataset, strict=True):
-        assert torch.equal(image, other)
-        assert label == number
+    assert pictures.labels == list(range(70))
+    assert all(torch.equal(image, dataset[label][0]) for image, label in pictures)
     assert torch.equal(pictures[-1][0], dataset[69][0])
     batches = list(pictures.batches(32))
     assert [len(batch) for batch in batches] == [32, 32, 6]
@@ -136,24 +135,13 @@ def test_pairs_come_back_as_the_data_set_gives_them(channels):
     assert batches[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_every_8_bit_value_comes_back_bit_for_bit_and_others_are_rounded():
-    every = ToTensor()(np.arange(256, dtype=np.uint8).reshape(16, 16, 1))
-    pictures = read(Listed((every, 0), (every * 0.999, 1)))
-    assert torch.equal(pictures[0][0], every)
-    assert (pictures[1][0] - every * 0.999).abs().max() <= 0.5 / 255 + 1e-6
-
-
-@pytest.mark.parametrize(("batch_size", "sizes"), [(64, [64, 64, 22]), (5, [5] * 30)])
-def test_a_loader_gives_batches_of_images_and_their_labels(batch_size, sizes):
+def test_a_loader_gives_batches_of_images_and_their_labels():
     pictures = read(noise(150))
-    seen = []
-    for (images, labels), size in zip(
-        DataLoader(pictures, batch_size, shuffle=True), sizes, strict=True
-    ):
-        assert images.shape == (size, 3, 8, 6)
-        assert torch.equal(images, pictures.images(labels))
-        seen += labels.tolist()
-    assert sorted(seen) == list(range(150)) != seen
+    images, labels = zip(*DataLoader(pictures, 64, shuffle=True), strict=True)
+    assert [each.shape for each in images] == [(n, 3, 8, 6) for n in (64, 64, 22)]
+    labels = torch.cat(labels)
+    assert torch.equal(torch.cat(images), pictures.images(labels))
+    assert sorted(labels.tolist()) == list(range(150)) != labels.tolist()
 
 
 ONE = torch.ones(3, 4, 4)
@@ -166,7 +154,6 @@ ONE = torch.ones(3, 4, 4)
         ([(Image.new("RGB", (4, 4)), 0)], "picture 0 of Listed is no float tensor .*ToTensor"),
         ([(ONE, 0), (ONE.byte(), 0)], "picture 1 of Listed is no float tensor"),
         ([(ONE, 0), (ONE[:1], 0)], r"picture 1 .*channels \[4, 4, 1\], others \[4, 4, 3\]"),
-        ([(ONE, 0), (ONE[:, :2], 0)], r"picture 1 .*\[2, 4, 3\], others .*transform needs"),
         ([(ONE, 0), (2 * ONE, 0)], r"picture 1 of Listed has values outside of \[0, 1\]"),
         ([(-ONE, 0)], "picture 0 of Listed has values outside of"),
         ([(ONE * float("nan"), 0)], "picture 0 of Listed has values outside of"),
@@ -186,29 +173,14 @@ def test_damaged_pictures_are_named_and_left_out_wherever_they_stand(place, caps
     assert capsys.readouterr().err == "warning: odd.jpg does not exist: it is left out\n"
 
 
-def test_an_error_of_the_readers_own_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        read(Listed((ONE, 0), ZeroDivisionError()))
-
-
 @pytest.mark.parametrize("number", [0, 3])
-@pytest.mark.parametrize("content", ["missing", "text", "truncated"])
-def test_a_damaged_picture_of_torchvisions_is_named(data_root, number, content):
+def test_a_damaged_picture_of_torchvisions_is_named(data_root, number):
     flowers = Flowers102(data_root, "val", transform=SMALL)
     path = flowers._image_files[number]
-    whole = path.read_bytes()
-    path.unlink()
-    if content != "missing":
-        path.write_bytes(b"no picture" if content == "text" else whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=rf"{path.name}|picture {number} of Flowers102"):
-        read(flowers)
-
-
-def test_reading_is_said_and_without_progress_it_is_not(capsys):
-    InMemory(noise(3))
-    assert capsys.readouterr().err.startswith("Reading 3 pictures of Listed\n")
-    read(noise(4))
-    assert capsys.readouterr().err == ""
+    for content in (path.read_bytes()[:-50], b"no picture"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path.name}|picture {number} of Flowers102"):
+            read(flowers)
 
 
 # What is kept on disk.
@@ -230,7 +202,7 @@ def kept(flower_set) -> Path:
 def test_a_second_run_reads_no_picture(flower_set, kept, monkeypatch, capsys):
     pixels = read(flower_set).pixels
     monkeypatch.setattr(Flowers102, "__getitem__", lambda *_: pytest.fail("it is read again"))
-    again = InMemory(flower_set)
+    again = InMemory(flower_set)  # which says that it reads pictures, if it does
     assert torch.equal(again.pixels, pixels)
     assert again.labels == flower_set._labels
     assert capsys.readouterr().err == ""
@@ -285,7 +257,7 @@ def test_each_split_and_transform_has_a_fingerprint_of_its_own(data_root):
     assert fingerprint(sets[0]) == fingerprint(pickle.loads(pickle.dumps(sets[0]))) != ""
 
 
-def test_a_picture_that_changed_or_is_gone_is_another(data_root):
+def test_a_picture_that_changed_and_what_decodes_it_count(data_root, monkeypatch):
     flowers = Flowers102(data_root, "val", transform=SMALL)
     path = flowers._image_files[4]
     prints, time = [fingerprint(flowers)], path.stat().st_mtime_ns
@@ -296,15 +268,10 @@ def test_a_picture_that_changed_or_is_gone_is_another(data_root):
     prints.append(fingerprint(flowers))
     path.unlink()
     prints.append(fingerprint(flowers))
-    assert len(set(prints)) == 4
-
-
-@pytest.mark.parametrize("module", [PIL, torchvision])
-def test_another_version_of_what_decodes_them_is_another(module, monkeypatch):
-    before = fingerprint(Listed(1))
-    assert fingerprint(Listed(1)) == before
-    monkeypatch.setattr(module, "__version__", "0.1")
-    assert fingerprint(Listed(1)) != before
+    for module in (PIL, torchvision):
+        monkeypatch.setattr(module, "__version__", "0.1")
+        prints.append(fingerprint(flowers))
+    assert len(set(prints)) == 6
 
 
 def test_the_code_that_makes_pictures_counts_and_in_a_notebook_nothing_is_kept(
@@ -399,7 +366,6 @@ def test_what_moves_in_repeats_the_border(monkeypatch):
     with seeded():
         moved = augment(torch.arange(1, 9).repeat(200, 1, 8, 1) / 8)  # brighter to the right
     assert [moved.min(), moved.max()] == pytest.approx([1 / 8, 1])
-    assert (moved.diff(dim=-2).abs() < 1e-6).all()
     rising = moved[:, 0, 0].diff(dim=-1)
     assert ((rising >= -1e-6).all(-1) | (rising <= 1e-6).all(-1)).all()
     assert (rising.abs() < 1e-6).any(-1).float().mean() > 0.65
