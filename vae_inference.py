@@ -152,7 +152,7 @@ def explore(
     with open_model(settings, "explore.html", images) as (model, latents):
         pictures = photographs(model, images, settings)
         start = model.encoder(pictures[0])[0] if pictures else latents.sample((1,))
-        check_page(model, latents.sample((8,)))
+        check_page(model, latents.mean + latents.stddev * torch.eye(model.latent_size))
         exported = {
             "features": model.decoder.feature_shape,
             "variation": variation_per_dimension(model, latents).tolist(),

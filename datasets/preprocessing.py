@@ -9,7 +9,7 @@ import pickletools
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,10 @@ def read_picture(path: Path) -> Image.Image:
         DamagedPicture: if it is missing or cannot be read; the message has its name.
     """
     read_heic()
+    # Of odd metadata, and of over 89 million pixels, which still fit.
+    warnings.filterwarnings("ignore", module="PIL")
     try:
-        with warnings.catch_warnings(), ExitStack() as stack:
-            # Pillow warns of odd metadata, and of over 89 million pixels, which still fit.
-            warnings.simplefilter("ignore")
-            opened = stack.enter_context(Image.open(path))
+        with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers; save it as PNG or JPEG")
@@ -230,7 +229,7 @@ class _Pickler(pickle.Pickler):
     """Pickles a tensor as its values: PyTorch's own pickle of one differs each time."""
 
     def reducer_override(self, value: Any) -> Any:
-        return (bytes, (value.numpy().tobytes(),)) if isinstance(value, Tensor) else NotImplemented
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
 
 
 def fingerprint(dataset: Any) -> str:

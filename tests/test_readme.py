@@ -39,6 +39,9 @@ def copy(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
+    # Flowers that were drawn before, by the same code, need not be drawn again.
+    if (ROOT / "datasets" / "cache").exists():
+        shutil.copytree(ROOT / "datasets" / "cache", folder / "datasets" / "cache")
     return folder
 
 

@@ -384,7 +384,7 @@ def test_every_option_of_a_command_reaches_the_run(command, tmp_path):
     assert values.keys() == asdict(Options()).keys()
     main([*command, *flags(values)])
     folder = tmp_path / "runs" / "run"
-    assert saved_options(folder) == values
+    assert vars(saved_options(Options, folder)) == values
     _, config, _ = load_model(folder / "checkpoint.pt")
     assert config["image_resolution"] == [8, 8]
 
@@ -392,7 +392,7 @@ def test_every_option_of_a_command_reaches_the_run(command, tmp_path):
 def test_a_preset_sets_options_which_the_command_can_change(command, tmp_path):
     main([*command, "--preset=best", "--no-augment", "--seed=3"])
     best = asdict(BEST) | SMALL | {"epochs": 2, "augment": False, "seed": 3}
-    assert saved_options(tmp_path / "runs" / "run") == best
+    assert vars(saved_options(Options, tmp_path / "runs" / "run")) == best
 
 
 def test_a_run_is_named_by_date_time_and_data_set_if_not_otherwise(command, tmp_path):
@@ -459,7 +459,7 @@ def test_auto_falls_back_loudly(command, no_server, tmp_path, capsys, monkeypatc
     assert "Test pictures of synthetic: " in out
     folder = tmp_path / "runs" / "run"
     metrics = json.loads((folder / "metrics.json").read_bytes())
-    assert metrics["dataset"] == saved_options(folder)["dataset"] == "synthetic"
+    assert metrics["dataset"] == saved_options(Options, folder).dataset == "synthetic"
 
 
 def test_flowers102_itself_is_refused(command, ended, no_server, tmp_path):

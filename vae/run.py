@@ -47,15 +47,22 @@ class Stopped(KeyboardInterrupt):
         return f"Stopped by {signal.Signals(number).name}; {again} with {folder}"
 
 
+class Finished(UserError):
+    """The run to resume has had all its epochs."""
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End a program with one line and an exit status for what its user can change.
 
-    2 for a ``UserError``, 1 for what broke on the way (``OSError``, too little memory, a loss that
-    is not finite), 130 for Ctrl-C. Everything else keeps its traceback.
+    0 for a run that is finished, 2 for another ``UserError``, 1 for what broke on the way
+    (``OSError``, too little memory, a loss that is not finite), 130 for Ctrl-C. Everything else
+    keeps its traceback.
     """
     try:
         yield
+    except Finished as finished:
+        end(0, str(finished))
     except UserError as error:
         end(2, f"error: {error}")
     except (FloatingPointError, OSError) as error:
@@ -229,7 +236,7 @@ class Run(ExitStack):
         checkpoint = load_checkpoint(path)
         check_same_experiment(checkpoint["config"], self.options)
         if checkpoint.get("epoch") == self.options.epochs and "latents" in checkpoint:
-            raise UserError(f"{self.folder} is finished: a larger --epochs goes on")
+            raise Finished(f"{self.folder} is finished: a larger --epochs goes on")
         if checkpoint.get("pictures") != self.pictures:
             raise UserError("the run began with other pictures than are there now: it cannot go on")
         with named(path):

@@ -17,7 +17,7 @@ from vae_training import Options
 NAMES = (*("the post", "the post, 500 epochs", "beta 1", "beta 10", "64x64 pictures"),)
 CURVES = ("beta 3", "2 dimensions", "2 dimensions, best", "10 dimensions, best")
 # Enough at this learning rate to be told apart in the table's first decimal.
-SHORT = {"epochs": 20, "warmup_epochs": 20, "learning_rate": 5e-3}
+SHORT = {"epochs": 10, "learning_rate": 1e-2}
 
 
 @pytest.fixture
@@ -28,7 +28,8 @@ def study(data_root, tmp_path, monkeypatch) -> Path:
         monkeypatch.setattr(practical_aspects, part, changes)
     monkeypatch.setattr(practical_aspects, "BETAS", (3.0,))
     monkeypatch.setattr(practical_aspects, "SIZES", (2,))
-    monkeypatch.setattr(practical_aspects, "SHOWN", (10, 20))
+    monkeypatch.setattr(practical_aspects, "SHOWN", (5, 10))
+    monkeypatch.setattr("vae.report.LOOK_EVERY", 5)
     # Another process would not know of the small Flowers102.
     monkeypatch.setattr(practical_aspects, "ProcessPoolExecutor", ThreadPoolExecutor)
     command = ["practical_aspects.py", "--seeds", "2", "--processes", "1"]

@@ -61,13 +61,14 @@ def again(run, splits) -> dict[str, Any]:
     loss = ELBOLoss(RUN["beta"])
     seed_as(0, RUN["epochs"])
     with torch.no_grad():
+        scores = {
+            name: evaluate(model, split.batches(), loss)
+            for name, split in (("train", train), ("val", val), ("test", test))
+        }
         features = frechet_features(test.batches)
-        return {
-            "pca": evaluate_pca(train.batches, test.batches, 2, features),
-            "train": evaluate(model, train.batches(), loss),
-            "val": evaluate(model, val.batches(), loss),
-            "test": evaluate(model, test.batches(), loss),
+        return scores | {
             "samples": evaluate_samples(model, latents, train.batches, test.batches, features),
+            "pca": evaluate_pca(train.batches, test.batches, 2, features),
             "reconstructions.png": model(test.images(slice(32)))[0],
             "samples.png": model.decoder(latents.sample((64,))),
             "samples_prior.png": model.sample(64),

@@ -288,7 +288,7 @@ def test_a_checkpoint_holds_all_that_a_run_goes_on_from(finished):
     assert checkpoint["epoch"] == 3
     expected = asdict(Options(**SMALL))
     assert checkpoint["config"] == expected | {"image_resolution": [8, 8], "image_channels": 3}
-    assert saved_options(finished) == expected
+    assert vars(saved_options(Options, finished)) == expected
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder, finished):
