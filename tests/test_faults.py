@@ -42,8 +42,9 @@ def prepare(folder: Path) -> None:
 def run(folder: Path, resume=False, epochs=EPOCHS, file_size=None, kill_at=None, said=None) -> None:
     """Train in a process of its own.
 
-    No file may grow over ``file_size`` bytes; the process kills itself where a file would replace
-    another for the time ``kill_at``, counted from 1; ``said`` is sent what goes to the terminal.
+    No file may grow over ``file_size`` bytes; ``kill_at`` (name, time) kills the process where a
+    file of that name is written for that time, counted from 1, and about to take its place;
+    ``said`` is sent what goes to the terminal.
     """
     prepare(folder)
     options = SMALL | {"dataset": "many", "batch_size": 16, "epochs": epochs}
@@ -53,10 +54,15 @@ def run(folder: Path, resume=False, epochs=EPOCHS, file_size=None, kill_at=None,
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     if kill_at is not None:
-        replace, calls = os.replace, iter(range(1, kill_at))
-        os.replace = lambda *paths: (
-            replace(*paths) if next(calls, None) else os.kill(os.getpid(), signal.SIGKILL)
-        )
+        (name, count), replace, names = kill_at, os.replace, []
+
+        def replace_or_die(source, target) -> None:
+            names.append(Path(target).name)
+            if names.count(name) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = replace_or_die
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
@@ -128,8 +134,14 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     assert_same_run(folder, expected)
 
 
-# The first checkpoint, a later one, the last one, metrics.json, a picture, the fitted latents.
-@pytest.mark.parametrize("kill_at", [1, 5, EPOCHS, EPOCHS + 1, EPOCHS + 3, EPOCHS + 5])
+@pytest.mark.parametrize(
+    "kill_at",
+    [
+        *(("checkpoint.pt", epoch) for epoch in (1, 5, EPOCHS)),
+        *(("metrics.json", 1), ("samples.png", 1)),
+        ("checkpoint.pt", EPOCHS + 1),  # with the fitted latents
+    ],
+)
 def test_a_run_killed_while_it_writes_a_file_ends_as_if_it_had_not_been(
     kill_at, end, reference, tmp_path
 ):

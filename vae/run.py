@@ -33,6 +33,9 @@ from vae.vae import VAE
 # What may change when a run goes on: where it is computed, and how often it is saved.
 FREE = {"data_root", "device", "checkpoint_every"}
 
+# What a run that ended before its first checkpoint has left, beside its lock.
+START = ("events.out.tfevents.", "loss_", ".checkpoint.pt.")
+
 
 class Stopped(KeyboardInterrupt):
     """Training was asked to stop by a signal; its arguments are the signal's number and the folder.
@@ -125,16 +128,16 @@ class Run(ExitStack):
     def __init__(self, options: Any, folder: Path | str, resume: bool = False) -> None:
         super().__init__()
         self.folder, self.resume = Path(folder), resume
+        self.device = find_device(options.device)
         dataset, self.fallback = choose_dataset(options.dataset, options.data_root)
+        if self.fallback:
+            print(f"warning: {self.fallback}. Training on SYNTHETIC flowers", file=sys.stderr)
+        self.dataset = find_dataset(dataset, options.data_root)
         # Whole paths, so that a run can be resumed from any folder.
         data_root = os.path.abspath(os.path.expanduser(options.data_root))
         if dataset not in DATASETS:
             dataset = os.path.abspath(os.path.expanduser(dataset))
         self.options = replace(options, dataset=dataset, data_root=data_root)
-        if self.fallback:
-            print(f"warning: {self.fallback}. Training on SYNTHETIC flowers", file=sys.stderr)
-        self.dataset = find_dataset(dataset, options.data_root)
-        self.device = find_device(options.device)
         self.place = f"{self.device.type} (threads: {torch.get_num_threads()}, torch "
         self.place += f"{torch.__version__})"
         self.started, self.stop_requested, self.in_epoch = time.perf_counter(), 0, False
@@ -151,6 +154,8 @@ class Run(ExitStack):
             except Timeout:
                 raise UserError(f"another run is writing to {self.folder}: wait for it") from None
             check_folder(self.folder, self.resume)
+            for unfinished in self.folder.glob(".*.unfinished"):  # of a run that was killed
+                unfinished.unlink()
             self.enter_context(own_random_numbers(self.device))
             torch.manual_seed(self.options.seed)  # the same first weights for the same seed
             # Signals reach only a program's main thread.
@@ -266,8 +271,9 @@ def check_options(options: Any) -> None:
         given, low = getattr(options, name), int(name in one)
         if not low <= given < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {given}: {low} or more is needed")
-    if options.seed >= 2**32:
-        raise UserError(f"--seed is {options.seed}: at most {2**32 - 1} is needed")
+    if options.learning_rate == 0 or options.seed >= 2**32:
+        given = f"--learning-rate is {options.learning_rate} and --seed {options.seed}"
+        raise UserError(f"{given}: more than 0, and less than 2**32, is needed")
     if options.image_size < 8 or options.image_size % 8:
         raise UserError(f"--image-size is {options.image_size}: a multiple of 8 is needed")
 
@@ -302,8 +308,7 @@ def check_folder(folder: Path, resume: bool) -> None:
     content = {path.name for path in folder.iterdir()}
     if resume and "checkpoint.pt" not in content:
         raise UserError(f"{folder} has no checkpoint.pt: give the folder of a run")
-    # A run that ended before its first checkpoint has left its lock and TensorBoard's first file.
-    rest = {name for name in content if not name.startswith(("events.out.tfevents.", "loss_"))}
+    rest = {name for name in content if not name.startswith(START)}
     if not resume and ("checkpoint.pt" in content or rest - {".lock"}):
         raise UserError(f"{folder} is not empty: give another --run-name, or --resume a run")
 

@@ -137,12 +137,6 @@ def test_images_with_height_and_width_swapped_are_refused_by_the_loss():
 # The model in use.
 
 
-def test_the_model_computes_in_float64_throughout():
-    model = VAE((8, 8), 2, 3).double()
-    outputs = [*model(torch.rand(2, 3, 8, 8, dtype=torch.float64)), model.sample(2)]
-    assert {output.dtype for output in outputs} == {torch.float64}
-
-
 def test_the_reconstruction_is_a_draw_from_the_encoders_posterior_decoded():
     model, x = VAE((16, 24), 4, 3), torch.rand(3, 3, 16, 24)
     with seeded(1):
