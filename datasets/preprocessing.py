@@ -260,7 +260,7 @@ def fingerprint(dataset: Any) -> str:
 
 def files_of(dataset: Any) -> Iterator[str | os.PathLike[str]]:
     """Yield the files in a data set's lists, and in those of the data sets that it is made of."""
-    for values in vars(dataset).values():
+    for values in getattr(dataset, "__dict__", {}).values():
         if isinstance(values, Dataset):
             yield from files_of(values)
         for value in values if isinstance(values, list) else ():

@@ -34,7 +34,8 @@ from vae.vae import VAE
 FREE = {"data_root", "device", "checkpoint_every"}
 
 # What a run that ended before its first checkpoint has left, beside its lock.
-START = ("events.out.tfevents.", "loss_", ".checkpoint.pt.")
+EVENTS = "events.out.tfevents.*"
+START = (EVENTS.removesuffix("*"), "loss_", ".checkpoint.pt.")
 
 
 class Stopped(KeyboardInterrupt):
@@ -154,8 +155,10 @@ class Run(ExitStack):
             except Timeout:
                 raise UserError(f"another run is writing to {self.folder}: wait for it") from None
             check_folder(self.folder, self.resume)
-            for unfinished in self.folder.glob(".*.unfinished"):  # of a run that was killed
-                unfinished.unlink()
+            # What a killed run left half written, and a new run's predecessor in TensorBoard.
+            left = [".*.unfinished", *([] if self.resume else [EVENTS, f"loss_*/{EVENTS}"])]
+            for path in [path for pattern in left for path in self.folder.glob(pattern)]:
+                path.unlink()
             self.enter_context(own_random_numbers(self.device))
             torch.manual_seed(self.options.seed)  # the same first weights for the same seed
             # Signals reach only a program's main thread.
@@ -403,7 +406,7 @@ def load_model(
     What is raised is as in ``load_checkpoint``.
     """
     checkpoint = load_checkpoint(path)
-    config, latents = checkpoint["config"], checkpoint.get("latents")
+    config, latents = checkpoint["config"], checkpoint.get("latents") or None
     with named(path):
         model = VAE(
             image_resolution=tuple(config["image_resolution"]),
