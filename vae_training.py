@@ -84,7 +84,7 @@ def train(
         test_dataloader = DataLoader(test_data, batch_size=5, shuffle=True)
 
         # Initialize model, loss and optimiser
-        channels, _, _ = training_data.image_shape
+        channels, _, _ = training_data[0][0].shape
         model = VAE((size, size), options.latent_size, channels, options.batch_norm)
         # In this memory format convolutions are faster; fused=True takes all weights in one step
         model.to(run.device).to(memory_format=torch.channels_last)

@@ -27,19 +27,20 @@ DATASETS: dict[str, Callable[..., Any]] = {
 TIMEOUT = 10.0  # seconds for which a server may be silent
 
 
-def choose_dataset(name: str, root: Path | str) -> tuple[str, str]:
-    """Return which data set ``"auto"`` stands for, and why if it is not the photographs.
+def choose_dataset(name: str, root: Path | str) -> str:
+    """Return the data set that ``"auto"`` stands for; any other name as it is.
 
     It is Flowers102 if that is in ``root`` or its server can be reached, else the synthetic
-    flowers. Any other name stays as it is.
+    flowers, with a warning.
     """
     if name != "auto":
-        return name, ""
+        return name
     try:
         find_dataset("flowers102", root)
+        return "flowers102"
     except ConnectionError as error:
-        return "synthetic", str(error)
-    return "flowers102", ""
+        print(f"warning: {error}. Training on SYNTHETIC flowers", file=sys.stderr)
+        return "synthetic"
 
 
 def find_dataset(name: str, root: Path | str, fetch: bool = True) -> Callable[..., Any]:
@@ -53,7 +54,6 @@ def find_dataset(name: str, root: Path | str, fetch: bool = True) -> Callable[..
     Raises:
         UserError: for a name that is neither, or a data set that is missing and not to be fetched.
         ConnectionError: if the data set is missing and cannot be downloaded.
-        OSError: if it cannot be written to ``root``.
     """
     if name not in DATASETS:
         if not Path(name).expanduser().is_dir():
@@ -93,10 +93,8 @@ def download(name: str, root: Path) -> None:
                 shutil.move(path, root / path.name)
     except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
         advice = "give the folder that holds it to --data-root, or take --dataset synthetic"
-        reason = " ".join(str(error).split())
-        raise ConnectionError(
-            f"{name} is not in {root} and its server cannot be reached ({reason}): {advice}"
-        ) from None
+        reason = f"its server cannot be reached ({' '.join(str(error).split())})"
+        raise ConnectionError(f"{name} is not in {root} and {reason}: {advice}") from None
     except RuntimeError as error:  # torchvision's, for another checksum than it knows
         raise UserError(f"the download of {name} is damaged ({error}): try again") from None
     finally:

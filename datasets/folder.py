@@ -1,7 +1,6 @@
 """A folder of pictures as a data set: the reader's own."""
 
 import hashlib
-import os
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -29,32 +28,30 @@ class PictureFolder(Dataset):
         transform: applied to each picture, an upright RGB image.
 
     Raises:
-        UserError: if a split has no pictures.
+        UserError: if the split has no pictures.
     """
 
     def __init__(
         self, root: Path | str, split: str = "train", transform: Callable[..., Any] | None = None
     ) -> None:
-        self.root, self._split, self.transform = Path(root), split, transform
-        divided = all((self.root / each).is_dir() for each in SPLITS)
-        tops = {each: self.root / each if divided else self.root for each in SPLITS}
-        found = {top: find_pictures(top) for top in tops.values()}
-        top = tops[split]
-        self.paths = [path for path in found[top] if divided or split_of(path, top) == split]
-        if not self.paths:
+        root = Path(root)
+        self._split, self.transform = split, transform
+        divided = all((root / each).is_dir() for each in SPLITS)
+        pictures = []  # of all splits, so that a label means the same in each
+        for top in (root / each for each in SPLITS) if divided else [root]:
+            for path in find_pictures(top):
+                name = path.relative_to(top)
+                species = name.parent.as_posix() if len(name.parts) > 1 else root.name
+                pictures.append((path, species, top.name if divided else split_of(name.as_posix())))
+        self.classes = sorted({species for _, species, _ in pictures})
+        mine = [(path, species) for path, species, place in pictures if place == split]
+        self.paths = [path for path, _ in mine]
+        self.labels = [self.classes.index(species) for _, species in mine]
+        if not mine:
             raise UserError(
-                f"{root} has {len(found[top])} pictures for its {split} split, too few: some 30 "
+                f"{root} has {len(pictures)} pictures and none for its {split} split: some 30 "
                 "divide by themselves; for fewer, make subfolders train, val and test"
             )
-        # Of all splits, so that a label means the same in each.
-        self.classes = sorted(
-            {self.species(path, t) for t, paths in found.items() for path in paths}
-        )
-        self.labels = [self.classes.index(self.species(path, top)) for path in self.paths]
-
-    def species(self, path: Path, top: Path) -> str:
-        """Return the subfolder of a picture; the folder's own name where it is in none."""
-        return path.parent.relative_to(top).as_posix() if path.parent != top else self.root.name
 
     def __len__(self) -> int:
         """Return the number of pictures in this split."""
@@ -66,26 +63,22 @@ class PictureFolder(Dataset):
         return self.transform(image) if self.transform else image, self.labels[index]
 
 
-def split_of(path: Path, root: Path) -> str:
+def split_of(name: str) -> str:
     """Return the split that a picture's path below the folder falls into."""
-    # Macs write an umlaut as two characters, others as one.
-    name = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
-    share = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:4])
-    return "train" if share < 0.8 * 2**32 else "val" if share < 0.9 * 2**32 else "test"
+    name = unicodedata.normalize("NFC", name)  # Macs write an umlaut as two characters
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    share = int.from_bytes(digest[:4], "big") / 2**32
+    return "train" if share < 0.8 else "val" if share < 0.9 else "test"
 
 
 def find_pictures(root: Path) -> list[Path]:
     """Return the files below ``root`` whose endings are those of pictures, in order."""
     heic = read_heic()
     endings = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = [
-        Path(folder, name)
-        for folder, _, names in os.walk(root)
-        for name in names
-        if not any(part.startswith(".") for part in Path(folder, name).relative_to(root).parts)
-    ]
+    below = (path.relative_to(root).parts for path in root.rglob("*"))
+    files = [root.joinpath(*parts) for parts in below if not any(p[0] == "." for p in parts)]
     passed_over = sum(path.suffix.lower() in (".heic", ".heif") for path in files)
     if passed_over and not heic:
         how = "pip install pillow-heif, and they are read"
         print(f"warning: {passed_over} HEIC pictures are passed over: {how}", file=sys.stderr)
-    return sorted(path for path in files if path.suffix.lower() in endings)
+    return sorted(path for path in files if path.suffix.lower() in endings and path.is_file())

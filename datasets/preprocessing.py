@@ -1,7 +1,6 @@
 """From pictures to tensors: read any picture, keep a whole data set in memory, change a batch."""
 
 import hashlib
-import io
 import math
 import os
 import pickle
@@ -44,12 +43,10 @@ def read_picture(path: Path) -> Image.Image:
     """Read a picture of any size and kind that Pillow reads, as RGB.
 
     EXIF data turn it upright, what is transparent becomes white, 16 bits become 8. iPhone's HEIC
-    is read where the package ``pillow-heif`` is installed.
-
-    Raises:
-        DamagedPicture: if it is missing or cannot be read; the message has its name.
+    is read where the package ``pillow-heif`` is installed. ``DamagedPicture`` names what cannot be
+    read.
     """
-    read_heic()
+    heic = read_heic()
     # Of odd metadata, and of over 89 million pixels, which still fit.
     warnings.filterwarnings("ignore", module="PIL")
     try:
@@ -64,11 +61,9 @@ def read_picture(path: Path) -> Image.Image:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except FileNotFoundError:
-        raise DamagedPicture(f"{path} does not exist") from None
     except Exception as error:  # Pillow raises almost anything for a damaged file
         reason = str(error)
-        if Path(path).suffix.lower() in (".heic", ".heif") and not read_heic():
+        if Path(path).suffix.lower() in (".heic", ".heif") and not heic:
             reason = "HEIC pictures need the package pillow-heif: pip install pillow-heif"
         raise DamagedPicture(f"{path} cannot be read as a picture: {reason}") from None
 
@@ -91,8 +86,8 @@ class InMemory(Dataset):
     bit for bit for 8-bit pictures, rounded to 8 bits otherwise. What is random in its transform is
     drawn once and stays; random changes belong behind the ``DataLoader`` (see ``augment``).
 
-    Pictures are kept in ``datasets/cache/`` for the next run, unless their data set cannot be
-    pickled or is defined in a notebook, where it may change unnoticed.
+    Pictures are kept in ``datasets/cache/`` for the next run, unless nothing tells whether they
+    are still the same (see ``fingerprint``).
 
     Args:
         dataset: the data set. Its own ``classes``, if it has them, name the labels.
@@ -104,24 +99,23 @@ class InMemory(Dataset):
 
     def __init__(self, dataset: Any, progress: bool = True) -> None:
         self.classes = getattr(dataset, "classes", None)
-        self.name, self.progress = type(dataset).__name__, progress
+        self.name = type(dataset).__name__
         key = fingerprint(dataset)
         path = CACHE_FOLDER / f"{self.name}-{getattr(dataset, '_split', '')}-{key}.npz"
         if not (key and self._load(path)):
-            self._read(dataset)
-            if key:
+            self._read(dataset, progress)
+            if key and {type(label) for label in self.labels} in ({int}, {float}, {str}):
                 self._keep(path)
         for message in self.left_out:
             print(f"warning: {message}: it is left out", file=sys.stderr)
         if not len(self):
             raise UserError(f"{self.name} has no pictures that can be read: at least one is needed")
 
-    def _read(self, dataset: Any) -> None:
+    def _read(self, dataset: Any, progress: bool) -> None:
         """Read all pictures, in threads: Pillow lets go of the interpreter's lock meanwhile."""
         self.pixels = torch.empty(0, 0, 0, 0, dtype=torch.uint8)
         self.left_out: list[str] = []
-        labels: list[Any] = [None] * len(dataset)
-        read = [False] * len(dataset)
+        labels: dict[int, Any] = {}
 
         def read_one(i: int) -> None:
             try:
@@ -134,36 +128,35 @@ class InMemory(Dataset):
                 where = files[i] if len(files) == len(dataset) else f"picture {i} of {self.name}"
                 raise UserError(f"{where} cannot be read as a picture: {error}") from None
             if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
-                raise UserError(
-                    f"picture {i} of {self.name} is no float tensor [channels, height, width]: its "
-                    "transform needs to end with ToTensor()"
+                needed = (
+                    "no float tensor [channels, height, width]: end its transform in ToTensor()"
                 )
+                raise UserError(f"picture {i} of {self.name} is {needed}")
             if not 0 <= image.min() <= image.max() <= 1:
                 raise UserError(f"picture {i} of {self.name} has values outside of [0, 1]")
             values = image.mul(255).round_().byte().movedim(0, -1)
-            if not self.pixels.shape[1]:
+            if not labels:
                 self.pixels = torch.empty(len(dataset), *values.shape, dtype=torch.uint8)
             if values.shape != self.pixels.shape[1:]:
-                raise UserError(
-                    f"picture {i} of {self.name} has height, width and channels "
-                    f"{list(values.shape)}, others {list(self.pixels.shape[1:])}: the transform "
-                    "needs to make them alike"
-                )
+                shapes = f"{list(values.shape)}, others {list(self.pixels.shape[1:])}"
+                given = f"picture {i} of {self.name} has height, width and channels {shapes}"
+                raise UserError(f"{given}: the transform needs to make them alike")
             # NumPy's numbers become Python's, which the cache gives back as they were.
             labels[i] = label.item() if isinstance(label, np.generic) else label
-            self.pixels[i], read[i] = values, True
+            self.pixels[i] = values
 
         first = 0
-        while first < len(dataset) and not self.pixels.shape[1]:  # one tells the shape of all
+        while first < len(dataset) and not labels:  # one tells the shape of all
             read_one(first)
             first += 1
-        if self.progress:
+        if progress:
             print(f"Reading {len(dataset):,} pictures of {self.name}", file=sys.stderr)
-        bar = {"unit": "picture", "leave": False, "disable": None if self.progress else True}
+        bar = {"unit": "picture", "leave": False, "disable": None if progress else True}
         thread_map(read_one, range(first, len(dataset)), **bar)
-        if not all(read):
-            self.pixels = self.pixels[torch.tensor(read)] if any(read) else self.pixels[:0]
-        self.labels = [label for label, there in zip(labels, read, strict=True) if there]
+        there = sorted(labels)
+        self.labels = [labels[i] for i in there]
+        if self.left_out:
+            self.pixels = self.pixels[there]
 
     def _load(self, path: Path) -> bool:
         """Take the pictures that an earlier run kept; return whether that could be done."""
@@ -180,14 +173,11 @@ class InMemory(Dataset):
 
     def _keep(self, path: Path) -> None:
         """Keep the pictures for the next run, and of all that was ever kept the newest thirty."""
-        kinds = {type(label) for label in self.labels}
-        if not (len(kinds) == 1 and kinds <= {int, float, str}):
-            return  # Only plain numbers and texts come back as they were.
-        labels = np.array(self.labels)
         temporary = path.with_suffix(f".{os.getpid()}.npz")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(temporary, pixels=self.pixels.numpy(), labels=labels, left_out=self.left_out)
+            pixels, labels = self.pixels.numpy(), np.array(self.labels)
+            np.savez(temporary, pixels=pixels, labels=labels, left_out=self.left_out)
             temporary.replace(path)
             for old in sorted(path.parent.glob("*.npz"), key=os.path.getmtime)[:-30]:
                 old.unlink()
@@ -196,19 +186,13 @@ class InMemory(Dataset):
             with suppress(OSError):
                 temporary.unlink()
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The shape of each picture: channels, height, width."""
-        height, width, channels = self.pixels.shape[1:]
-        return channels, height, width
-
     def __len__(self) -> int:
         """Return the number of pictures."""
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         """Return an image, [channels, height, width] in [0, 1], and its label."""
-        return self.images(slice(index, index + 1 or None))[0], self.labels[index]
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Any]]:
         """Return several pairs at once: what a ``DataLoader`` asks for, one batch at a time."""
@@ -225,33 +209,25 @@ class InMemory(Dataset):
             yield self.images(slice(start, start + size))
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles a tensor as its values: PyTorch's own pickle of one differs each time."""
-
-    def reducer_override(self, value: Any) -> Any:
-        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
-
-
 def fingerprint(dataset: Any) -> str:
     """Return what identifies a data set's pictures, or "" where nothing does.
 
     That is its pickle (parameters, names of files, transform), the code of each module that the
-    pickle names, the sizes and times of its files, and the versions of what decodes them.
+    pickle names, the sizes and times of its files, and the versions of what decodes them. Nothing
+    does for what cannot be pickled, is defined in a notebook, or lies in tensors.
     """
-    pickled = io.BytesIO()
     try:
-        _Pickler(pickled).dump(dataset)
+        pickled = pickle.dumps(dataset)
     except Exception:  # pickle raises almost anything for what it cannot take, such as a lambda
         return ""
-    content = pickled.getvalue()
-    state = hashlib.sha256(f"{PIL.__version__} {torchvision.__version__}".encode() + content)
-    names = {argument for _, argument, _ in pickletools.genops(content)}
-    for name in sorted(name for name in names if isinstance(name, str) and name in sys.modules):
+    state = hashlib.sha256(f"{PIL.__version__} {torchvision.__version__}".encode() + pickled)
+    named = {str(argument) for _, argument, _ in pickletools.genops(pickled)}
+    for name in sorted(named & sys.modules.keys()):
         file = getattr(sys.modules[name], "__file__", None) or ""
+        if name == "torch._utils" or (name == "__main__" and not file.endswith(".py")):
+            return ""  # A tensor is pickled differently each time.
         if file.endswith(".py"):
             state.update(Path(file).read_bytes())
-        elif name == "__main__":
-            return ""
     for path in files_of(dataset):
         status = os.stat(path)
         state.update(f"{status.st_size} {status.st_mtime_ns} ".encode())

@@ -1,7 +1,7 @@
 """How good a trained model is on pictures it has not seen, and how far PCA gets with as little."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -79,24 +79,40 @@ def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str,
     return metrics
 
 
-def principal_components(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
-    """Return the mean image, [pixels], and the directions of most variance, [pixels, count].
+class PCA:
+    """Principal component analysis: the best linear autoencoder, the yardstick for another one.
 
-    Block power iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4), which holds one batch at
-    a time: the memory it takes does not grow with the number of images. ``batches`` is called for
-    each pass and returns images, each [batch, channels, height, width]; a ``count`` of more than
-    they span is all that they span.
+    It is fitted by block power iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4), which
+    holds one batch at a time: the memory it takes does not grow with the number of images.
+
+    Args:
+        batches: images, each batch [batch, channels, height, width].
+        components: how many directions of most variance; more than the images span is all these.
     """
-    images = sum(len(x) for x in batches())
-    centre = sum((x.flatten(1).sum(dim=0) for x in batches()), torch.zeros(())) / images
-    count = min(count, images - 1, len(centre))
-    # Some directions more than asked for, and ten passes: errors are exact to a thousandth.
-    directions = torch.randn(len(centre), min(count + 10, len(centre)), device=centre.device)
-    for _ in range(10):
-        directions, _ = torch.linalg.qr(directions)
-        rows = ((x.flatten(1) - centre) for x in batches())
-        directions = sum((row.T @ (row @ directions) for row in rows), torch.zeros(()))
-    return centre, torch.linalg.svd(directions, full_matrices=False).U[:, :count]
+
+    def __init__(self, batches: Batches, components: int) -> None:
+        images, total = 0, torch.zeros(())
+        for x in batches():
+            images, total = images + len(x), total + x.flatten(1).sum(dim=0)
+        self.shape, self.centre = x.shape[1:], total / images
+        pixels = len(self.centre)
+        count = min(components, images - 1, pixels)
+        # Some directions more than asked for, and ten passes: errors are exact to a thousandth.
+        directions = torch.randn(pixels, min(count + 10, pixels), device=self.centre.device)
+        for _ in range(10):
+            directions, _ = torch.linalg.qr(directions)
+            rows = ((x.flatten(1) - self.centre) for x in batches())
+            directions = sum((row.T @ (row @ directions) for row in rows), torch.zeros(()))
+        self.directions = torch.linalg.svd(directions, full_matrices=False).U[:, :count]
+
+    def encode(self, images: Iterable[Tensor]) -> Tensor:
+        """Return the codes of all images, which come in batches, [n, components]."""
+        return torch.cat([(x.flatten(1) - self.centre) @ self.directions for x in images])
+
+    def decode(self, z: Tensor) -> Iterator[Tensor]:
+        """Yield the images of codes, [n, components], in batches."""
+        for part in z.split(64):
+            yield (self.centre + part @ self.directions.T).unflatten(1, self.shape)
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
@@ -117,48 +133,36 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     return (shift + sum(each.trace() for each in covariances) - 2 * roots.sum()).item()
 
 
-def frechet_features(test: Batches) -> Callable[[Iterable[Tensor]], Tensor]:
-    """Return a function from images to their 64 leading principal components, those of ``test``."""
-    centre, directions = principal_components(test, 64)
-    return lambda images: torch.cat([(x.flatten(1) - centre) @ directions for x in images])
+def frechet_distances(
+    drawn: Mapping[str, Iterable[Tensor]], test: Batches, features: PCA
+) -> dict[str, float]:
+    """Return the Fréchet distances of images, by their names, to test images in ``features``."""
+    images = features.encode(test())
+    return {name: frechet_distance(features.encode(each), images) for name, each in drawn.items()}
 
 
-def evaluate_pca(
-    train: Batches, test: Batches, components: int, features: Callable[[Iterable[Tensor]], Tensor]
-) -> dict[str, Any]:
+def evaluate_pca(train: Batches, test: Batches, components: int, features: PCA) -> dict[str, Any]:
     """Measure PCA with as many components as a latent has dimensions, as ``evaluate_samples`` does.
 
-    PCA is the best linear autoencoder: the yardstick that a nonlinear one has to beat. It is fitted
-    on ``train`` (see ``principal_components``). Its ``squared_error`` is per test image; its
-    samples come from the Gaussian of the training images' components, clipped to [0, 1].
+    It is fitted to the images of ``train``. Its ``squared_error`` is per test image; its samples
+    come from the Gaussian of the training images' codes, clipped to [0, 1]. The ``codes`` of both
+    splits are returned as well.
     """
-    centre, directions = principal_components(train, components)
-    codes = [
-        torch.cat([(x.flatten(1) - centre) @ directions for x in each()]) for each in (train, test)
-    ]
-    shape = next(iter(test()))[0].shape
-
-    def decode(z: Tensor) -> Iterator[Tensor]:
-        return ((centre + part @ directions.T).unflatten(1, shape) for part in z.split(64))
-
-    errors = []
-    for batch in test():
-        residual = batch.flatten(1) - centre
-        residual -= residual @ directions @ directions.T
-        errors.append(torch.square(residual).sum(dim=1))
-    drawn = codes[0].mean(dim=0) + torch.randn_like(codes[1]) * codes[0].std(dim=0, correction=0)
-    images = features(test())
-    frechet = {
-        "reconstructions": decode(codes[1]),
-        "samples": (x.clamp(0, 1) for x in decode(drawn)),
+    pca = PCA(train, components)
+    codes, test_codes = (pca.encode(each()) for each in (train, test))
+    squared_error = torch.zeros(())
+    for x in test():
+        squared_error += torch.square(x - torch.cat([*pca.decode(pca.encode([x]))])).sum()
+    drawn = codes.mean(dim=0) + torch.randn_like(test_codes) * codes.std(dim=0, correction=0)
+    pictures = {
+        "reconstructions": pca.decode(test_codes),
+        "samples": (x.clamp(0, 1) for x in pca.decode(drawn)),
     }
     return {
         "components": components,
-        "squared_error": torch.cat(errors).mean().item(),
-        "frechet": {
-            name: frechet_distance(features(each), images) for name, each in frechet.items()
-        },
-        "codes": codes,
+        "squared_error": squared_error.item() / len(test_codes),
+        "frechet": frechet_distances(pictures, test, features),
+        "codes": [codes, test_codes],
     }
 
 
@@ -180,25 +184,20 @@ def probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor
 
 @torch.no_grad()
 def evaluate_samples(
-    model: VAE,
-    latents: MultivariateNormal,
-    train: Batches,
-    test: Batches,
-    features: Callable[[Iterable[Tensor]], Tensor],
+    model: VAE, latents: MultivariateNormal, train: Batches, test: Batches, features: PCA
 ) -> dict[str, dict[str, float]]:
     """Measure how much the pictures that a model draws are like test images, and how new they are.
 
-    The model is in ``eval()`` mode, ``latents`` are what ``vae.latent.fit_latents`` returns, the
-    images come as in ``principal_components``, and ``features`` is ``frechet_features(test)``.
+    The model is in ``eval()`` mode, ``latents`` are what ``vae.latent.fit_latents`` returns,
+    ``features`` the 64 leading principal components of the test images.
 
     Returns:
         Two dictionaries:
 
-        - ``frechet``: the Fréchet distance to the test images in their 64 leading principal
-          components, of as many ``reconstructions`` of the test images (what this decoder can do
-          at best), samples drawn from the ``fitted`` latents, and from the ``prior``. Lower is
-          better. It is not the FID, whose features a network computes, and compares only between
-          equal images of equal size.
+        - ``frechet``: the Fréchet distance in these features to the test images, of as many
+          ``reconstructions`` of them (what this decoder can do at best), samples drawn from the
+          ``fitted`` latents, and from the ``prior``. Lower is better. It is not the FID, whose
+          features a network computes, and compares only between equal images of equal size.
         - ``nearest``: the squared distance to the nearest training image, mean over a thousand
           ``samples`` of the fitted latents, and over a thousand reconstructions of images from
           the ``train`` and the ``test`` split. Samples much nearer than test reconstructions
@@ -209,22 +208,22 @@ def evaluate_samples(
     def reconstruct(images: Iterable[Tensor]) -> Iterator[Tensor]:
         return (model(x.to(device))[0].cpu() for x in images)
 
+    def decode(distribution: MultivariateNormal, count: int) -> Iterator[Tensor]:
+        return (model.decoder(z).cpu() for z in distribution.sample((count,)).split(64))
+
     def nearest(images: Iterable[Tensor]) -> float:
         rows = torch.cat([*images])[:1000].flatten(1)
         distances = [torch.cdist(rows, x.flatten(1)).amin(dim=1) for x in train()]
         return torch.stack(distances).amin(dim=0).square().mean().item()
 
-    def decode(distribution: MultivariateNormal, count: int) -> Iterator[Tensor]:
-        return (model.decoder(z).cpu() for z in distribution.sample((count,)).split(64))
-
-    images = features(test())
+    count = sum(len(x) for x in test())
     drawn = {
         "reconstructions": reconstruct(test()),
-        "fitted": decode(latents, len(images)),
-        "prior": decode(prior(model), len(images)),
+        "fitted": decode(latents, count),
+        "prior": decode(prior(model), count),
     }
     return {
-        "frechet": {name: frechet_distance(features(each), images) for name, each in drawn.items()},
+        "frechet": frechet_distances(drawn, test, features),
         "nearest": {
             "samples": nearest(decode(latents, 1000)),
             "test": nearest(reconstruct(islice(test(), 16))),

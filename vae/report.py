@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
 from datasets.preprocessing import InMemory
-from vae.evaluation import evaluate, evaluate_pca, evaluate_samples, frechet_features, probe
+from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples, probe
 from vae.latent import fit_latents
 from vae.losses import ELBOLoss
 from vae.run import FREE, Run, load_checkpoint, quote, replace_atomically, save_checkpoint
@@ -29,15 +29,19 @@ COMPARED = ("squared_error", "squared_error_mean", "psnr", "kl", "active_units")
 
 def opening(run: Run, model: VAE, splits: Splits, epoch: int) -> str:
     """Return what a run says at its start: on what it is trained, where, and from which epoch."""
-    size = run.options.image_size
+    options = run.options
     counts = "{:,} training, {:,} validation and {:,} test pictures".format(*map(len, splits))
-    parameters = sum(weight.numel() for weight in model.parameters())
     going = f"goes on at epoch {epoch} of" if epoch else "is trained for"
     return (
-        f"{run.options.dataset}: {counts} of {size}x{size}\n"
-        f"A VAE of {parameters:,} parameters {going} {run.options.epochs} epochs on {run.device}\n"
-        f"Its folder: {run.folder}"
+        f"{options.dataset}: {counts} of {options.image_size}x{options.image_size}\n"
+        f"A VAE of {parameters(model):,} parameters {going} {options.epochs} epochs on "
+        f"{run.device}\nIts folder: {run.folder}"
     )
+
+
+def parameters(model: VAE) -> int:
+    """Return the number of all weights."""
+    return sum(weight.numel() for weight in model.parameters())
 
 
 @torch.no_grad()
@@ -82,19 +86,18 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
     model.eval()
     train, val, test = splits
     loss = ELBOLoss(options.beta, options.likelihood)
-    scores = {"train": evaluate(model, train.batches(), loss)}
+    named = {"train": train, "val": val, "test": test}
+    scores = {name: evaluate(model, split.batches(), loss) for name, split in named.items()}
     if not math.isfinite(scores["train"]["total_loss"]):
         raise run.diverged(options.epochs)
     latents = fit_latents(model, train.batches())
-    scores["val"] = evaluate(model, val.batches(), loss)
-    scores["test"] = evaluate(model, test.batches(), loss)
-    features = frechet_features(test.batches)
+    features = PCA(test.batches, 64)
     samples = evaluate_samples(model, latents, train.batches, test.batches, features)
     pca = evaluate_pca(train.batches, test.batches, options.latent_size, features)
     metrics: dict[str, Any] = {
         "dataset": options.dataset,
         "epochs": options.epochs,
-        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "parameters": parameters(model),
         **scores,
         "samples": samples,
         "species": species(model, pca.pop("codes"), train, test),
@@ -138,21 +141,18 @@ def species(
     ``most_frequent`` is what always saying the same would reach; None for labels that are no
     integers, or all the same.
     """
-    if not all(isinstance(label, int) for label in train.labels + test.labels):
-        return None
-    labels = [torch.tensor(each.labels) for each in (train, test)]
-    if len(labels[0].unique()) < 2:
+    if {type(label) for label in train.labels + test.labels} != {int} or len({*train.labels}) < 2:
         return None
     device = next(model.parameters()).device
-    codes = [
+    train_labels, test_labels = torch.tensor(train.labels), torch.tensor(test.labels)
+    train_means, test_means = (
         torch.cat([model.encoder(x.to(device))[0].cpu() for x in each.batches()])
         for each in (train, test)
-    ]
-    most = (labels[1] == labels[1].mode().values).float().mean().item()
+    )
     return {
-        "latent_means": probe(codes[0], labels[0], codes[1], labels[1]),
-        "pca": probe(pca_codes[0], labels[0], pca_codes[1], labels[1]),
-        "most_frequent": most,
+        "latent_means": probe(train_means, train_labels, test_means, test_labels),
+        "pca": probe(pca_codes[0], train_labels, pca_codes[1], test_labels),
+        "most_frequent": (test_labels == test_labels.mode().values).float().mean().item(),
     }
 
 

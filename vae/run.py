@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import MultivariateNormal
 from torch.optim import Optimizer
 
@@ -33,16 +33,13 @@ from vae.vae import VAE
 # What may change when a run goes on: where it is computed, and how often it is saved.
 FREE = {"data_root", "device", "checkpoint_every"}
 
-# What a run that ended before its first checkpoint has left, beside its lock.
-EVENTS = "events.out.tfevents.*"
-START = (EVENTS.removesuffix("*"), "loss_", ".checkpoint.pt.")
+# What a run that ended before its first checkpoint has left; a new one may begin there.
+EVENTS = "events.out.tfevents."
+START = (EVENTS, "loss_", ".lock", ".checkpoint.pt.")
 
 
 class Stopped(KeyboardInterrupt):
-    """Training was asked to stop by a signal; its arguments are the signal's number and the folder.
-
-    The epoch is finished and saved.
-    """
+    """Training was stopped by a signal; its arguments are the signal's number and the folder."""
 
     def __str__(self) -> str:
         """Return what happened, and how the run goes on from Python."""
@@ -51,44 +48,33 @@ class Stopped(KeyboardInterrupt):
         return f"Stopped by {signal.Signals(number).name}; {again} with {folder}"
 
 
-class Finished(UserError):
-    """The run to resume has had all its epochs."""
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End a program with one line and an exit status for what its user can change.
 
-    0 for a run that is finished, 2 for another ``UserError``, 1 for what broke on the way
-    (``OSError``, too little memory, a loss that is not finite), 130 for Ctrl-C. Everything else
-    keeps its traceback.
+    2 for a ``UserError``, 1 for what broke on the way (``OSError``, too little memory, a loss that
+    is not finite), 130 for Ctrl-C. Everything else keeps its traceback.
     """
     try:
         yield
-    except Finished as finished:
-        end(0, str(finished))
+        return
     except UserError as error:
-        end(2, f"error: {error}")
+        status, line = 2, f"error: {error}"
     except (FloatingPointError, OSError) as error:
-        end(1, f"error: {error}")
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        end(1, f"error: too little memory, take a smaller model or batch ({first_line(error)})")
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):  # PyTorch has no class for it
+        status, line = 1, f"error: {error}"
+    except (MemoryError, RuntimeError) as error:
+        kinds = (MemoryError, torch.OutOfMemoryError)
+        if not isinstance(error, kinds) and "DefaultCPUAllocator" not in str(error):
             raise
-        end(1, f"error: too little memory, take a smaller model or batch ({first_line(error)})")
+        advice = "take a smaller model or batch"
+        status, line = 1, f"error: too little memory, {advice} ({first_line(error)})"
     except Stopped as stopped:
         number, folder = stopped.args
-        line = f"Stopped by {signal.Signals(number).name}."
+        status, line = 128 + number, f"Stopped by {signal.Signals(number).name}."
         if (folder / "checkpoint.pt").exists():
             line += f" Go on with:\n{command_line('--resume', str(folder.absolute()))}"
-        end(128 + number, line)
     except KeyboardInterrupt:
-        end(130, "Stopped")
-
-
-def end(status: int, line: str) -> None:
-    """Print a program's last line and exit."""
+        status, line = 130, "Stopped"
     print(line, file=sys.stderr)
     sys.exit(status)
 
@@ -130,44 +116,39 @@ class Run(ExitStack):
         super().__init__()
         self.folder, self.resume = Path(folder), resume
         self.device = find_device(options.device)
-        dataset, self.fallback = choose_dataset(options.dataset, options.data_root)
-        if self.fallback:
-            print(f"warning: {self.fallback}. Training on SYNTHETIC flowers", file=sys.stderr)
+        dataset = choose_dataset(options.dataset, options.data_root)
         self.dataset = find_dataset(dataset, options.data_root)
         # Whole paths, so that a run can be resumed from any folder.
         data_root = os.path.abspath(os.path.expanduser(options.data_root))
         if dataset not in DATASETS:
             dataset = os.path.abspath(os.path.expanduser(dataset))
         self.options = replace(options, dataset=dataset, data_root=data_root)
-        self.place = f"{self.device.type} (threads: {torch.get_num_threads()}, torch "
-        self.place += f"{torch.__version__})"
         self.started, self.stop_requested, self.in_epoch = time.perf_counter(), 0, False
 
     def __enter__(self) -> "Run":
         """Take the folder, the random numbers and the signals."""
-        super().__enter__()
-        with ExitStack() as undo:
-            undo.push(self.__exit__)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            check_folder(self.folder, self.resume)
-            try:
-                self.enter_context(FileLock(self.folder / ".lock", timeout=0))
-            except Timeout:
-                raise UserError(f"another run is writing to {self.folder}: wait for it") from None
-            check_folder(self.folder, self.resume)
-            # What a killed run left half written, and a new run's predecessor in TensorBoard.
-            left = [".*.unfinished", *([] if self.resume else [EVENTS, f"loss_*/{EVENTS}"])]
-            for path in [path for pattern in left for path in self.folder.glob(pattern)]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = [path.name for path in self.folder.iterdir()]
+        if self.resume and "checkpoint.pt" not in names:
+            raise UserError(f"{self.folder} has no checkpoint.pt: give the folder of a run")
+        if not self.resume and not all(name.startswith(START) for name in names):
+            advice = "give another --run-name, or --resume a run"
+            raise UserError(f"{self.folder} is not empty: {advice}")
+        try:
+            self.enter_context(FileLock(self.folder / ".lock", timeout=0))
+        except Timeout:
+            raise UserError(f"another run is writing to {self.folder}: wait for it") from None
+        if not self.resume:  # TensorBoard would mix a new run with one that failed at once
+            for path in self.folder.rglob(f"{EVENTS}*"):
                 path.unlink()
-            self.enter_context(own_random_numbers(self.device))
-            torch.manual_seed(self.options.seed)  # the same first weights for the same seed
-            # Signals reach only a program's main thread.
-            if threading.current_thread() is threading.main_thread():
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    self.callback(signal.signal, number, signal.signal(number, self.on_signal))
-            # Once 32 MB have been freed, glibc keeps a step's memory for the next: no page faults.
-            torch.empty(2**25 - 2**13, dtype=torch.uint8)
-            undo.pop_all()
+        self.enter_context(own_random_numbers(self.device))
+        torch.manual_seed(self.options.seed)  # the same first weights for the same seed
+        # Signals reach only a program's main thread.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, number, signal.signal(number, self.on_signal))
+        # Once 32 MB have been freed, glibc keeps a step's memory for the next: no page faults.
+        torch.empty(2**25 - 2**13, dtype=torch.uint8)
         return self
 
     def on_signal(self, number: int, _: Any) -> None:
@@ -204,7 +185,7 @@ class Run(ExitStack):
         self.pictures = 0
         for split in splits:
             self.pictures = zlib.crc32(split.pixels.numpy().data, self.pictures)
-        channels, height, width = splits[0].image_shape
+        channels, height, width = splits[0][0][0].shape
         self.config = asdict(self.options)
         self.config |= {"image_resolution": [height, width], "image_channels": channels}
         epoch = self.restore(model, optimiser) if self.resume else 0
@@ -213,7 +194,7 @@ class Run(ExitStack):
 
     def save(self, model: VAE, optimiser: Optimizer, epoch: int) -> None:
         """Write a checkpoint if it is due after so many epochs; stop if a signal asked for it."""
-        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+        if not all_finite(model):
             raise self.diverged(epoch)
         self.in_epoch = epoch < self.options.epochs
         stop = self.stop_requested  # read once: a signal may come between two looks
@@ -224,7 +205,6 @@ class Run(ExitStack):
                 "optimiser": optimiser.state_dict()["state"],
                 "epoch": epoch,
                 "seconds": time.perf_counter() - self.started,
-                "place": self.place,
                 "pictures": self.pictures,
             }
             save_checkpoint(checkpoint, self.folder / "checkpoint.pt")
@@ -243,27 +223,20 @@ class Run(ExitStack):
         path = self.folder / "checkpoint.pt"
         checkpoint = load_checkpoint(path)
         check_same_experiment(checkpoint["config"], self.options)
-        if checkpoint.get("epoch") == self.options.epochs and "latents" in checkpoint:
-            raise Finished(f"{self.folder} is finished: a larger --epochs goes on")
         if checkpoint.get("pictures") != self.pictures:
             raise UserError("the run began with other pictures than are there now: it cannot go on")
         with named(path):
-            epoch, state, place = (checkpoint[part] for part in ("epoch", "optimiser", "place"))
+            epoch, state = checkpoint["epoch"], checkpoint["optimiser"]
             if epoch not in range(self.options.epochs + 1):
                 raise ValueError(f"its epoch is {epoch!r}")
-            # Adam trusts what it is given: moments of another size would crash Python.
+            model.load_state_dict(checkpoint["model"])
+            # Adam trusts what it is given; in a tensor like the weight it finds what it expects.
             for index, weight in enumerate(model.parameters()):
-                like = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
-                for name, own in like.items():
-                    check_tensor(state[index][name], own, f"the optimiser's {name}")
-                    # In the memory format of the weight, as Adam's kernel expects it.
-                    state[index][name] = torch.empty_like(own.detach()).copy_(state[index][name])
-            load_weights(model, checkpoint["model"])
+                own = {"exp_avg": weight.detach(), "exp_avg_sq": weight.detach()}
+                for name, like in ({"step": torch.tensor(0.0)} | own).items():
+                    state[index][name] = torch.empty_like(like).copy_(state[index][name])
             optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
             self.started -= checkpoint["seconds"]
-        if place != self.place:
-            moved = f"the run was on {place} and is now on {self.place}"
-            print(f"warning: {moved}: no longer bit for bit the uninterrupted run", file=sys.stderr)
         return epoch
 
 
@@ -274,9 +247,10 @@ def check_options(options: Any) -> None:
         given, low = getattr(options, name), int(name in one)
         if not low <= given < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {given}: {low} or more is needed")
-    if options.learning_rate == 0 or options.seed >= 2**32:
-        given = f"--learning-rate is {options.learning_rate} and --seed {options.seed}"
-        raise UserError(f"{given}: more than 0, and less than 2**32, is needed")
+    if options.learning_rate == 0:
+        raise UserError("--learning-rate is 0.0: more than 0 is needed")
+    if options.seed >= 2**32:
+        raise UserError(f"--seed is {options.seed}: less than {2**32} is needed")
     if options.image_size < 8 or options.image_size % 8:
         raise UserError(f"--image-size is {options.image_size}: a multiple of 8 is needed")
 
@@ -302,18 +276,8 @@ def saved_options(kind: type, folder: Path) -> Any:
     config = load_checkpoint(path)["config"]
     with named(path):
         return kind(
-            **{n: config[n] for n in config.keys() - {"image_resolution", "image_channels"}}
+            **{n: config[n] for n in config if n not in ("image_resolution", "image_channels")}
         )
-
-
-def check_folder(folder: Path, resume: bool) -> None:
-    """Raise ``UserError`` unless a run can begin, or go on, in ``folder``."""
-    content = {path.name for path in folder.iterdir()}
-    if resume and "checkpoint.pt" not in content:
-        raise UserError(f"{folder} has no checkpoint.pt: give the folder of a run")
-    rest = {name for name in content if not name.startswith(START)}
-    if not resume and ("checkpoint.pt" in content or rest - {".lock"}):
-        raise UserError(f"{folder} is not empty: give another --run-name, or --resume a run")
 
 
 def check_same_experiment(config: dict[str, Any], options: Any) -> None:
@@ -354,9 +318,8 @@ def own_random_numbers(device: torch.device) -> Any:
 def replace_atomically(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of ``path`` once the block has ended well.
 
-    Whoever reads ``path`` meanwhile sees the old file or the new one, never half of one; after an
-    error the old one is still there. Of a link, the file that it points to is replaced; what is
-    there and no file, such as a device, is an ``OSError``.
+    Whoever reads ``path`` meanwhile sees the old file or the new one, never half of one. Of a
+    link, the file that it points to is replaced; what is no file is not (``OSError``).
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -408,34 +371,20 @@ def load_model(
     checkpoint = load_checkpoint(path)
     config, latents = checkpoint["config"], checkpoint.get("latents") or None
     with named(path):
-        model = VAE(
-            image_resolution=tuple(config["image_resolution"]),
-            latent_size=config["latent_size"],
-            image_channels=config["image_channels"],
-            batch_norm=config["batch_norm"],
-        )
-        load_weights(model, checkpoint["model"])
+        shape = ("latent_size", "image_channels", "batch_norm")
+        model = VAE(tuple(config["image_resolution"]), *(config[name] for name in shape))
+        model.load_state_dict(checkpoint["model"])
+        if not all_finite(model):
+            raise ValueError("its weights are not finite")
         if latents:
-            mean = torch.empty(model.latent_size)
-            check_tensor(latents["mean"], mean, "the latents' mean")
-            check_tensor(latents["covariance"], mean.outer(mean), "the latents' covariance")
-            parts = (latents[part].to(device) for part in ("mean", "covariance"))
-            latents = MultivariateNormal(*parts)
+            mean, covariance = (latents[part].to(device) for part in ("mean", "covariance"))
+            latents = MultivariateNormal(mean.expand(model.latent_size), covariance)
     return model.to(device).eval(), config, latents
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give ``model`` the weights of a checkpoint; ``ValueError`` for what does not fit it."""
-    for name, own in model.state_dict().items():
-        check_tensor(weights.get(name), own, name)
-    model.load_state_dict(weights)
-
-
-def check_tensor(value: Any, own: Tensor, name: str) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite tensor of the shape and type of ``own``."""
-    fits = isinstance(value, Tensor) and (value.shape, value.dtype) == (own.shape, own.dtype)
-    if not (fits and value.isfinite().all()):
-        raise ValueError(f"{name} is missing, of another shape or type, or not finite")
+def all_finite(model: nn.Module) -> bool:
+    """Return whether no weight is infinite or not a number."""
+    return all(weight.isfinite().all() for weight in model.state_dict().values())
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def test_a_picture_is_turned_upright_transparent_becomes_white_and_16_bits_becom
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.unlink(), "does not exist"),
+        (lambda path: path.unlink(), "cannot be read as a picture: .*No such file"),
         (lambda path: path.write_bytes(b""), "cannot be read as a picture: "),
         (lambda path: path.write_bytes(path.read_bytes()[:-99]), "cannot be .*: .*truncated"),
         (lambda path: path.write_text("<html>\n</html>"), "cannot be read as a picture: "),
@@ -123,7 +123,7 @@ def read(dataset: Dataset) -> InMemory:
 def test_pairs_come_back_as_the_data_set_gives_them(channels):
     dataset = noise(70, channels)
     pictures = read(dataset)
-    assert pictures.image_shape == (channels, 8, 6)
+    assert pictures[3][0].shape == (channels, 8, 6)
     assert pictures.labels == list(range(70))
     assert all(torch.equal(image, dataset[label][0]) for image, label in pictures)
     assert torch.equal(pictures[-1][0], dataset[69][0])
@@ -231,7 +231,7 @@ def test_of_all_that_was_ever_kept_the_newest_thirty_stay(flower_set, kept):
         path = kept.with_name(f"{number}.npz")
         path.touch()
         os.utime(path, (number, number))
-    read(noise(3))
+    read(Subset(flower_set, [1, 2]))
     left = {path.name for path in kept.parent.iterdir()}
     assert len(left) == 30
     assert {kept.name, "39.npz", "12.npz"} <= left
@@ -295,13 +295,6 @@ def test_what_is_from_a_notebook_or_cannot_be_pickled_is_read_and_not_kept(
     monkeypatch.setattr(Listed, "__module__", "__main__")
     assert read(Listed((ONE, 1))).labels == [1]
     assert not cache_folder.exists()
-
-
-def test_tensors_count_by_their_values_and_shape():
-    tensors = (ONE, ONE.clone(), 0.5 * ONE, ONE.view(3, 2, 8))
-    one, same, other, wider = (fingerprint(Listed((tensor, 0))) for tensor in tensors)
-    assert one == same
-    assert len({one, other, wider}) == 3
 
 
 # augment().

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from vae.evaluation import (
+    PCA,
     evaluate,
     evaluate_pca,
     evaluate_samples,
     frechet_distance,
-    frechet_features,
-    principal_components,
     probe,
 )
 from vae.losses import LIKELIHOODS, ELBOLoss
@@ -110,7 +109,7 @@ def test_no_images_are_refused(model):
         evaluate(model, [], ELBOLoss(1))
 
 
-# principal_components() and evaluate_pca().
+# PCA and evaluate_pca().
 
 
 def images_of_known_spectrum(count: int, seed: int) -> Tensor:
@@ -133,11 +132,11 @@ def exact_components(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def test_principal_components_are_those_of_a_full_svd_up_to_their_sign(count):
     images = images_of_known_spectrum(300, seed=1)
     with seeded():
-        centre, directions = principal_components(lambda: images.split(64), count)
+        pca = PCA(lambda: images.split(64), count)
     exact_centre, exact_directions = exact_components(images, count)
-    assert centre == pytest.approx(exact_centre, abs=1e-5)
-    assert directions.shape == (192, count)
-    cosines = directions.T.double() @ exact_directions
+    assert pca.centre == pytest.approx(exact_centre, abs=1e-5)
+    assert pca.directions.shape == (192, count)
+    cosines = pca.directions.T.double() @ exact_directions
     assert cosines.abs() == pytest.approx(torch.eye(count), abs=1e-2)
 
 
@@ -146,13 +145,12 @@ def test_principal_components_are_those_of_a_full_svd_up_to_their_sign(count):
 )
 def test_more_components_than_the_images_span_count_as_all_that_they_span(images, count, returned):
     x = torch.rand(images, 1, 4, 4)
-    centre, directions = principal_components(lambda: x.split(2), count)
-    assert directions.shape == (16, returned)
-    rows = x.flatten(1) - centre
-    assert rows @ directions @ directions.T == pytest.approx(rows, abs=1e-5)
+    pca = PCA(lambda: x.split(2), count)
+    assert pca.directions.shape == (16, returned)
+    assert torch.cat([*pca.decode(pca.encode(x.split(2)))]) == pytest.approx(x, abs=1e-5)
 
 
-def test_principal_components_hold_one_batch_at_a_time():
+def test_pca_holds_one_batch_at_a_time():
     held = []
 
     def batches() -> Iterator[Tensor]:
@@ -164,14 +162,14 @@ def test_principal_components_hold_one_batch_at_a_time():
             del array
             held.append(sum(each() is not None for each in arrays))
 
-    principal_components(batches, 2)
+    PCA(batches, 2)
     assert max(held) == 1
 
 
 @pytest.mark.parametrize("components", [1, 5, 10])
 def test_pca_is_measured_as_a_full_svd_measures_it(components):
     train, test = images_of_known_spectrum(300, seed=1), images_of_known_spectrum(60, seed=2)
-    features = frechet_features(lambda: [test])
+    features = PCA(lambda: [test], 64)
     with seeded():
         pca = evaluate_pca(lambda: train.split(64), lambda: test.split(64), components, features)
     centre, directions = exact_components(train, components)
@@ -182,16 +180,16 @@ def test_pca_is_measured_as_a_full_svd_measures_it(components):
     assert pca["squared_error"] == pytest.approx(expected, rel=1e-3)
     assert [x.abs() for x in pca["codes"]] == [pytest.approx(x.abs(), abs=0.05) for x in codes]
     assert pca["components"] == components
-    expected = frechet_distance(features([decoded.float()]), features([test]))
+    expected = frechet_distance(features.encode([decoded.float()]), features.encode([test]))
     assert pca["frechet"]["reconstructions"] == pytest.approx(expected, rel=1e-2)
 
 
 def test_pcas_samples_are_of_the_gaussian_of_the_training_images():
     train, test = images_of_known_spectrum(2000, seed=1), images_of_known_spectrum(2000, seed=2)
     train, test = 0.5 + 0.05 * (train - 0.5), 0.5 + 0.05 * (test - 0.5)  # nothing to clip
-    features = frechet_features(lambda: [test])
+    features = PCA(lambda: [test], 64)
     pca = evaluate_pca(lambda: [train], lambda: test.split(64), 150, features)
-    far = frechet_distance(features([train + 0.01]), features([test]))
+    far = frechet_distance(features.encode([train + 0.01]), features.encode([test]))
     assert pca["frechet"]["samples"] < far / 20
 
 
@@ -271,12 +269,12 @@ def test_samples_are_compared_with_test_images_in_64_components_and_with_trainin
     test = images_of_known_spectrum(80, seed=3)
     latents = MultivariateNormal(torch.tensor([3.0, 0, -2, 1]), 0.3 * torch.eye(4) + 0.2)
     with seeded(1):
-        features = frechet_features(lambda: test.split(32))
+        features = PCA(lambda: test.split(32), 64)
         metrics = evaluate_samples(
             model, latents, lambda: images.split(4), lambda: test.split(32), features
         )
     with seeded(1), torch.no_grad():
-        centre, directions = principal_components(lambda: test.split(32), 64)
+        pca = PCA(lambda: test.split(32), 64)
         drawn = {
             "fitted": model.decoder(latents.sample((80,))),
             "prior": model.decoder(torch.randn(80, 4)),
@@ -287,9 +285,7 @@ def test_samples_are_compared_with_test_images_in_64_components_and_with_trainin
             "test": torch.cat([model(x)[0] for x in test.split(32)]),
             "train": torch.cat([model(x)[0] for x in images.split(4)]),
         }
-    features = {
-        name: (x.flatten(1) - centre) @ directions for name, x in (drawn | {"test": test}).items()
-    }
+    features = {name: pca.encode([x]) for name, x in (drawn | {"test": test}).items()}
     frechet = {name: frechet_distance(features[name], features["test"]) for name in drawn}
     assert metrics["frechet"] == pytest.approx(frechet, rel=1e-3)
     nearest = {name: mean_to_nearest(x, images) for name, x in looked_up.items()}
@@ -304,7 +300,7 @@ def test_the_nearest_training_images_are_sought_for_the_first_thousand_of_a_spli
         model.encoder.fcv.bias.fill_(-100)  # no width: reconstructions are those through the mean
     test = torch.rand(1030, 3, 8, 8)
     prior = MultivariateNormal(torch.zeros(4), torch.eye(4))
-    features = frechet_features(lambda: test.split(64))
+    features = PCA(lambda: test.split(64), 64)
     metrics = evaluate_samples(model, prior, lambda: [images], lambda: test.split(64), features)
     with torch.no_grad():
         expected = mean_to_nearest(model.reconstruct(test[:1000]), images)

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from datasets.preprocessing import InMemory
 from vae import report
-from vae.evaluation import evaluate, evaluate_pca, evaluate_samples, frechet_features, probe
+from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples, probe
 from vae.latent import fit_latents
 from vae.losses import ELBOLoss
 from vae.run import Run, load_checkpoint, load_model
@@ -65,7 +65,7 @@ def again(run, splits) -> dict[str, Any]:
             name: evaluate(model, split.batches(), loss)
             for name, split in (("train", train), ("val", val), ("test", test))
         }
-        features = frechet_features(test.batches)
+        features = PCA(test.batches, 64)
         return scores | {
             "samples": evaluate_samples(model, latents, train.batches, test.batches, features),
             "pca": evaluate_pca(train.batches, test.batches, 2, features),
