@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
@@ -80,14 +79,14 @@ def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str,
 
 
 class PCA:
-    """Principal component analysis: the best linear autoencoder, the yardstick for another one.
+    """Principal component analysis, the best linear autoencoder: the yardstick for another one.
 
     It is fitted by block power iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4), which
     holds one batch at a time: the memory it takes does not grow with the number of images.
 
     Args:
         batches: images, each batch [batch, channels, height, width].
-        components: how many directions of most variance; more than the images span is all these.
+        components: how many directions of most variance; at most all that the images span.
     """
 
     def __init__(self, batches: Batches, components: int) -> None:
@@ -98,7 +97,7 @@ class PCA:
         pixels = len(self.centre)
         count = min(components, images - 1, pixels)
         # Some directions more than asked for, and ten passes: errors are exact to a thousandth.
-        directions = torch.randn(pixels, min(count + 10, pixels), device=self.centre.device)
+        directions = torch.randn(pixels, min(count + 10, pixels))
         for _ in range(10):
             directions, _ = torch.linalg.qr(directions)
             rows = ((x.flatten(1) - self.centre) for x in batches())
@@ -109,10 +108,9 @@ class PCA:
         """Return the codes of all images, which come in batches, [n, components]."""
         return torch.cat([(x.flatten(1) - self.centre) @ self.directions for x in images])
 
-    def decode(self, z: Tensor) -> Iterator[Tensor]:
-        """Yield the images of codes, [n, components], in batches."""
-        for part in z.split(64):
-            yield (self.centre + part @ self.directions.T).unflatten(1, self.shape)
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the images of codes, [n, components]."""
+        return (self.centre + z @ self.directions.T).unflatten(1, self.shape)
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
@@ -121,7 +119,7 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the formula of the FID (Heusel et al. 2017). The
     sets are [n, features] and [m, features].
     """
-    one, other = one.cpu().double(), other.cpu().double()
+    one, other = one.double(), other.double()
     if not (one.isfinite().all() and other.isfinite().all()):
         return math.nan  # LAPACK may crash the process over such a matrix
     shift = torch.square(one.mean(dim=0) - other.mean(dim=0)).sum()
@@ -136,97 +134,56 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
 def frechet_distances(
     drawn: Mapping[str, Iterable[Tensor]], test: Batches, features: PCA
 ) -> dict[str, float]:
-    """Return the Fréchet distances of images, by their names, to test images in ``features``."""
+    """Return the Fréchet distance of each set of images to the test images.
+
+    Features are the test images' 64 leading principal components. Lower is better. It is not the
+    FID, whose features a network computes, and compares only between equal images of equal size.
+    """
     images = features.encode(test())
     return {name: frechet_distance(features.encode(each), images) for name, each in drawn.items()}
 
 
 def evaluate_pca(train: Batches, test: Batches, components: int, features: PCA) -> dict[str, Any]:
-    """Measure PCA with as many components as a latent has dimensions, as ``evaluate_samples`` does.
+    """Measure PCA with as many components as a latent has dimensions.
 
-    It is fitted to the images of ``train``. Its ``squared_error`` is per test image; its samples
-    come from the Gaussian of the training images' codes, clipped to [0, 1]. The ``codes`` of both
-    splits are returned as well.
+    It is fitted to the images of ``train``. The dictionary has its ``squared_error`` per test
+    image, and the Fréchet distances of its ``reconstructions`` of test images and of ``samples``
+    from the Gaussian of the training images' codes, clipped to [0, 1].
     """
     pca = PCA(train, components)
-    codes, test_codes = (pca.encode(each()) for each in (train, test))
-    squared_error = torch.zeros(())
-    for x in test():
-        squared_error += torch.square(x - torch.cat([*pca.decode(pca.encode([x]))])).sum()
+    codes, test_codes = pca.encode(train()), pca.encode(test())
+    errors = (torch.square(x - pca.decode(pca.encode([x]))).sum() for x in test())
     drawn = codes.mean(dim=0) + torch.randn_like(test_codes) * codes.std(dim=0, correction=0)
     pictures = {
-        "reconstructions": pca.decode(test_codes),
-        "samples": (x.clamp(0, 1) for x in pca.decode(drawn)),
+        "reconstructions": (pca.decode(z) for z in test_codes.split(64)),
+        "samples": (pca.decode(z).clamp(0, 1) for z in drawn.split(64)),
     }
     return {
         "components": components,
-        "squared_error": squared_error.item() / len(test_codes),
+        "squared_error": sum(errors, torch.zeros(())).item() / len(test_codes),
         "frechet": frechet_distances(pictures, test, features),
-        "codes": [codes, test_codes],
     }
-
-
-def probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Return the share of test labels that a linear classifier tells from codes, [n, dimensions].
-
-    Linear discriminant analysis (Fisher 1936): the nearest class mean, as far as the covariance
-    within the classes of ``train`` counts. Labels are integers, [n].
-    """
-    classes, index = train_labels.unique(return_inverse=True)
-    counts = index.bincount().unsqueeze(1)
-    means = torch.zeros(len(classes), train.shape[1]).index_add_(0, index, train) / counts
-    within = (train - means[index]).T.cov(correction=0).view(2 * train.shape[1:])
-    within.diagonal().add_(1e-6 * (1 + within.trace()))
-    weights = torch.linalg.solve(within, means.T)
-    scores = test @ weights - 0.5 * (means.T * weights).sum(dim=0) + (counts / len(train)).log().T
-    return (classes[scores.argmax(dim=1)] == test_labels).float().mean().item()
 
 
 @torch.no_grad()
 def evaluate_samples(
-    model: VAE, latents: MultivariateNormal, train: Batches, test: Batches, features: PCA
-) -> dict[str, dict[str, float]]:
-    """Measure how much the pictures that a model draws are like test images, and how new they are.
+    model: VAE, latents: MultivariateNormal, test: Batches, features: PCA
+) -> dict[str, float]:
+    """Measure how much the pictures that a model draws are like test images.
 
-    The model is in ``eval()`` mode, ``latents`` are what ``vae.latent.fit_latents`` returns,
-    ``features`` the 64 leading principal components of the test images.
-
-    Returns:
-        Two dictionaries:
-
-        - ``frechet``: the Fréchet distance in these features to the test images, of as many
-          ``reconstructions`` of them (what this decoder can do at best), samples drawn from the
-          ``fitted`` latents, and from the ``prior``. Lower is better. It is not the FID, whose
-          features a network computes, and compares only between equal images of equal size.
-        - ``nearest``: the squared distance to the nearest training image, mean over a thousand
-          ``samples`` of the fitted latents, and over a thousand reconstructions of images from
-          the ``train`` and the ``test`` split. Samples much nearer than test reconstructions
-          would be copies.
+    The model is in ``eval()`` mode, ``latents`` are what ``vae.latent.fit_latents`` returns. The
+    dictionary has the Fréchet distances of as many ``reconstructions`` of the test images (what
+    this decoder can do at best), samples drawn from the ``fitted`` latents, and from the ``prior``.
     """
     device = next(model.parameters()).device
+    count = sum(len(x) for x in test())
 
-    def reconstruct(images: Iterable[Tensor]) -> Iterator[Tensor]:
-        return (model(x.to(device))[0].cpu() for x in images)
-
-    def decode(distribution: MultivariateNormal, count: int) -> Iterator[Tensor]:
+    def decode(distribution: MultivariateNormal) -> Iterator[Tensor]:
         return (model.decoder(z).cpu() for z in distribution.sample((count,)).split(64))
 
-    def nearest(images: Iterable[Tensor]) -> float:
-        rows = torch.cat([*images])[:1000].flatten(1)
-        distances = [torch.cdist(rows, x.flatten(1)).amin(dim=1) for x in train()]
-        return torch.stack(distances).amin(dim=0).square().mean().item()
-
-    count = sum(len(x) for x in test())
     drawn = {
-        "reconstructions": reconstruct(test()),
-        "fitted": decode(latents, count),
-        "prior": decode(prior(model), count),
+        "reconstructions": (model(x.to(device))[0].cpu() for x in test()),
+        "fitted": decode(latents),
+        "prior": decode(prior(model)),
     }
-    return {
-        "frechet": frechet_distances(drawn, test, features),
-        "nearest": {
-            "samples": nearest(decode(latents, 1000)),
-            "test": nearest(reconstruct(islice(test(), 16))),
-            "train": nearest(reconstruct(islice(train(), 16))),
-        },
-    }
+    return frechet_distances(drawn, test, features)

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
 from datasets.preprocessing import InMemory
-from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples, probe
+from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples
 from vae.latent import fit_latents
 from vae.losses import ELBOLoss
 from vae.run import FREE, Run, load_checkpoint, quote, replace_atomically, save_checkpoint
@@ -29,19 +29,14 @@ COMPARED = ("squared_error", "squared_error_mean", "psnr", "kl", "active_units")
 
 def opening(run: Run, model: VAE, splits: Splits, epoch: int) -> str:
     """Return what a run says at its start: on what it is trained, where, and from which epoch."""
-    options = run.options
+    options, parameters = run.options, sum(weight.numel() for weight in model.parameters())
     counts = "{:,} training, {:,} validation and {:,} test pictures".format(*map(len, splits))
     going = f"goes on at epoch {epoch} of" if epoch else "is trained for"
     return (
         f"{options.dataset}: {counts} of {options.image_size}x{options.image_size}\n"
-        f"A VAE of {parameters(model):,} parameters {going} {options.epochs} epochs on "
+        f"A VAE of {parameters:,} parameters {going} {options.epochs} epochs on "
         f"{run.device}\nIts folder: {run.folder}"
     )
-
-
-def parameters(model: VAE) -> int:
-    """Return the number of all weights."""
-    return sum(weight.numel() for weight in model.parameters())
 
 
 @torch.no_grad()
@@ -92,23 +87,19 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
         raise run.diverged(options.epochs)
     latents = fit_latents(model, train.batches())
     features = PCA(test.batches, 64)
-    samples = evaluate_samples(model, latents, train.batches, test.batches, features)
+    samples = evaluate_samples(model, latents, test.batches, features)
     pca = evaluate_pca(train.batches, test.batches, options.latent_size, features)
     metrics: dict[str, Any] = {
         "dataset": options.dataset,
         "epochs": options.epochs,
-        "parameters": parameters(model),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         **scores,
-        "samples": samples,
-        "species": species(model, pca.pop("codes"), train, test),
+        "samples": {"frechet": samples},
         "pca": pca,
         "seconds": seconds,
         "device": str(run.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-        },
+        "versions": {"python": platform.python_version()}
+        | {each.__name__: each.__version__ for each in (torch, torchvision)},
         "config": run.config,
     }
     with replace_atomically(run.folder / "metrics.json") as file:
@@ -131,29 +122,6 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
     path = run.folder / "checkpoint.pt"
     save_checkpoint(load_checkpoint(path) | {"latents": fitted}, path)
     return metrics
-
-
-def species(
-    model: VAE, pca_codes: list[Tensor], train: InMemory, test: InMemory
-) -> dict[str, float] | None:
-    """Return how many test labels a linear probe tells from the latent means, and from PCA's codes.
-
-    ``most_frequent`` is what always saying the same would reach; None for labels that are no
-    integers, or all the same.
-    """
-    if {type(label) for label in train.labels + test.labels} != {int} or len({*train.labels}) < 2:
-        return None
-    device = next(model.parameters()).device
-    train_labels, test_labels = torch.tensor(train.labels), torch.tensor(test.labels)
-    train_means, test_means = (
-        torch.cat([model.encoder(x.to(device))[0].cpu() for x in each.batches()])
-        for each in (train, test)
-    )
-    return {
-        "latent_means": probe(train_means, train_labels, test_means, test_labels),
-        "pca": probe(pca_codes[0], train_labels, pca_codes[1], test_labels),
-        "most_frequent": (test_labels == test_labels.mode().values).float().mean().item(),
-    }
 
 
 def write_latents(writer: SummaryWriter, model: VAE, test: InMemory, epoch: int) -> None:

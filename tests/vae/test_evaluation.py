@@ -16,7 +16,6 @@ from vae.evaluation import (
     evaluate_pca,
     evaluate_samples,
     frechet_distance,
-    probe,
 )
 from vae.losses import LIKELIHOODS, ELBOLoss
 from vae.vae import VAE
@@ -147,7 +146,7 @@ def test_more_components_than_the_images_span_count_as_all_that_they_span(images
     x = torch.rand(images, 1, 4, 4)
     pca = PCA(lambda: x.split(2), count)
     assert pca.directions.shape == (16, returned)
-    assert torch.cat([*pca.decode(pca.encode(x.split(2)))]) == pytest.approx(x, abs=1e-5)
+    assert pca.decode(pca.encode(x.split(2))) == pytest.approx(x, abs=1e-5)
 
 
 def test_pca_holds_one_batch_at_a_time():
@@ -178,7 +177,6 @@ def test_pca_is_measured_as_a_full_svd_measures_it(components):
     # Two passes would be 1 % off with 10 components.
     expected = torch.square(test - decoded).sum().item() / 60
     assert pca["squared_error"] == pytest.approx(expected, rel=1e-3)
-    assert [x.abs() for x in pca["codes"]] == [pytest.approx(x.abs(), abs=0.05) for x in codes]
     assert pca["components"] == components
     expected = frechet_distance(features.encode([decoded.float()]), features.encode([test]))
     assert pca["frechet"]["reconstructions"] == pytest.approx(expected, rel=1e-2)
@@ -191,33 +189,6 @@ def test_pcas_samples_are_of_the_gaussian_of_the_training_images():
     pca = evaluate_pca(lambda: [train], lambda: test.split(64), 150, features)
     far = frechet_distance(features.encode([train + 0.01]), features.encode([test]))
     assert pca["frechet"]["samples"] < far / 20
-
-
-# probe().
-
-
-def test_the_probe_is_the_most_likely_class_under_gaussians_of_one_covariance():
-    with seeded():
-        labels = torch.tensor([3] * 60 + [5] * 20 + [9] * 40)
-        root = torch.randn(4, 4)
-        means = torch.randn(10, 4)
-        train, test = (means[labels] + torch.randn(120, 4) @ root for _ in range(2))
-    fitted = {label: train[labels == label].mean(dim=0) for label in (3, 5, 9)}
-    within = torch.cat([train[labels == label] - mean for label, mean in fitted.items()])
-    covariance = within.T @ within / 120
-    likelihoods = [
-        MultivariateNormal(mean, covariance).log_prob(test) + (labels == label).sum().log()
-        for label, mean in fitted.items()
-    ]
-    said = torch.tensor([3, 5, 9])[torch.stack(likelihoods).argmax(dim=0)]
-    expected = (said == labels).float().mean().item()
-    assert 0.5 < expected < 1
-    assert probe(train, labels, test, labels) == pytest.approx(expected, abs=0.01)
-
-
-def test_the_probe_bears_dimensions_that_do_not_vary():
-    codes, labels = torch.tensor([[0.0, 1], [0.1, 1], [5, 1], [5.1, 1]]), torch.tensor([0, 0, 7, 7])
-    assert probe(codes, labels, codes, labels) == 1
 
 
 # frechet_distance().
@@ -257,22 +228,12 @@ def test_features_that_are_not_finite_have_no_frechet_distance(value):
 # evaluate_samples().
 
 
-def mean_to_nearest(pictures: Tensor, train: Tensor) -> float:
-    """The squared distance to the nearest training image, mean over the pictures."""
-    distances = (pictures.flatten(1)[:, None] - train.flatten(1)[None]) ** 2
-    return distances.sum(dim=2).amin(dim=1).mean().item()
-
-
-def test_samples_are_compared_with_test_images_in_64_components_and_with_training_images(
-    model, images
-):
+def test_samples_are_compared_with_test_images_in_64_components(model):
     test = images_of_known_spectrum(80, seed=3)
     latents = MultivariateNormal(torch.tensor([3.0, 0, -2, 1]), 0.3 * torch.eye(4) + 0.2)
     with seeded(1):
         features = PCA(lambda: test.split(32), 64)
-        metrics = evaluate_samples(
-            model, latents, lambda: images.split(4), lambda: test.split(32), features
-        )
+        frechet = evaluate_samples(model, latents, lambda: test.split(32), features)
     with seeded(1), torch.no_grad():
         pca = PCA(lambda: test.split(32), 64)
         drawn = {
@@ -280,28 +241,8 @@ def test_samples_are_compared_with_test_images_in_64_components_and_with_trainin
             "prior": model.decoder(torch.randn(80, 4)),
             "reconstructions": torch.cat([model(x)[0] for x in test.split(32)]),
         }
-        looked_up = {
-            "samples": model.decoder(latents.sample((1000,))),
-            "test": torch.cat([model(x)[0] for x in test.split(32)]),
-            "train": torch.cat([model(x)[0] for x in images.split(4)]),
-        }
-    features = {name: pca.encode([x]) for name, x in (drawn | {"test": test}).items()}
-    frechet = {name: frechet_distance(features[name], features["test"]) for name in drawn}
-    assert metrics["frechet"] == pytest.approx(frechet, rel=1e-3)
-    nearest = {name: mean_to_nearest(x, images) for name, x in looked_up.items()}
-    assert metrics["nearest"] == pytest.approx(nearest, rel=1e-4)
-    for values in metrics.values():
-        assert len({round(value, 2) for value in values.values()}) == 3
-
-
-def test_the_nearest_training_images_are_sought_for_the_first_thousand_of_a_split(model, images):
-    with torch.no_grad():
-        model.encoder.fcv.weight.zero_()
-        model.encoder.fcv.bias.fill_(-100)  # no width: reconstructions are those through the mean
-    test = torch.rand(1030, 3, 8, 8)
-    prior = MultivariateNormal(torch.zeros(4), torch.eye(4))
-    features = PCA(lambda: test.split(64), 64)
-    metrics = evaluate_samples(model, prior, lambda: [images], lambda: test.split(64), features)
-    with torch.no_grad():
-        expected = mean_to_nearest(model.reconstruct(test[:1000]), images)
-    assert metrics["nearest"]["test"] == pytest.approx(expected, rel=1e-5)
+    expected = {
+        name: frechet_distance(pca.encode([x]), pca.encode([test])) for name, x in drawn.items()
+    }
+    assert frechet == pytest.approx(expected, rel=1e-3)
+    assert len({round(value, 2) for value in frechet.values()}) == 3

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from datasets.preprocessing import InMemory
 from vae import report
-from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples, probe
+from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples
 from vae.latent import fit_latents
 from vae.losses import ELBOLoss
 from vae.run import Run, load_checkpoint, load_model
@@ -67,7 +67,7 @@ def again(run, splits) -> dict[str, Any]:
         }
         features = PCA(test.batches, 64)
         return scores | {
-            "samples": evaluate_samples(model, latents, train.batches, test.batches, features),
+            "samples": {"frechet": evaluate_samples(model, latents, test.batches, features)},
             "pca": evaluate_pca(train.batches, test.batches, 2, features),
             "reconstructions.png": model(test.images(slice(32)))[0],
             "samples.png": model.decoder(latents.sample((64,))),
@@ -213,40 +213,6 @@ def test_the_checkpoint_has_the_latents_fitted_to_the_training_pictures(run, spl
     assert latents.mean == pytest.approx(expected.mean, rel=1e-4)
     assert latents.covariance_matrix == pytest.approx(expected.covariance_matrix, rel=1e-4)
     assert load_checkpoint(run / "checkpoint.pt")["epoch"] == 20
-
-
-# How well latents tell species apart.
-
-
-def with_labels(labels: list[Any]) -> InMemory:
-    """Pictures as bright as their label says."""
-    images = [torch.full((3, 8, 8), float(label) / 4) for label in labels]
-    return InMemory(Pairs(zip(images, labels, strict=True)), progress=False)
-
-
-def test_a_runs_probes_are_of_its_latent_means_and_of_pcas_codes(run, metrics, again, splits):
-    model, _, _ = load_model(run / "checkpoint.pt")
-    codes = [model.encoder(split.images(slice(None)))[0].detach() for split in splits[::2]]
-    labels = [torch.tensor(split.labels) for split in splits[::2]]
-    pca = again["pca"]["codes"]
-    assert metrics["species"] == {
-        "latent_means": pytest.approx(probe(codes[0], labels[0], codes[1], labels[1])),
-        "pca": pytest.approx(probe(pca[0], labels[0], pca[1], labels[1])),
-        "most_frequent": pytest.approx(1 / 34),
-    }
-
-
-def test_species_are_told_from_codes_that_differ_and_guessed_from_codes_that_do_not(model):
-    train, test = with_labels([0, 0, 0, 1, 1]), with_labels([1, 0, 1, 1])
-    shares = report.species(model, [torch.zeros(5, 2), torch.zeros(4, 2)], train, test)
-    # Without knowledge, the probe says what was most frequent in training.
-    assert shares == {"latent_means": 1, "pca": 0.25, "most_frequent": 0.75}
-
-
-@pytest.mark.parametrize("labels", [[2, 2, 2], [0.5, 1.0, 2.0], ["0", "1", "2"]])
-def test_labels_that_are_no_species_or_only_one_are_left_out(model, labels):
-    pictures, codes = with_labels(labels), torch.zeros(3, 2)
-    assert report.species(model, [codes, codes], pictures, pictures) is None
 
 
 # TensorBoard.
