@@ -17,28 +17,18 @@ Batches = Callable[[], Iterable[Tensor]]  # called for each pass; images on the 
 
 @torch.no_grad()
 def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str, Any]:
-    """Measure ``model`` on held-out images.
+    """Measure ``model`` on held-out images, batches of [batch, channels, height, width] in [0, 1].
 
     The model is evaluated as it is used (``eval()``), and left in the mode that it was in.
+    ``ValueError`` if there are no images. The dictionary has
 
-    Args:
-        model: the model.
-        batches: images in [0, 1], each [batch, channels, height, width].
-        loss: says the likelihood and beta.
-
-    Returns:
-        A dictionary of
-
-        - ``squared_error``: squared error per image with z sampled, summed over its values;
-        - ``squared_error_mean``: the same through the posterior's mean;
-        - ``psnr``: peak signal-to-noise ratio through the mean, dB, mean over the images;
-        - ``kl``: nats per image, and ``kl_per_dimension``: a list in the latent's order;
-        - ``reconstruction_loss``, ``total_loss``: per image, as ``loss`` defines them;
-        - ``active_units``: latent dimensions whose mean varies over the data by more than 0.01
-          (Burda et al. 2016, section 4.2).
-
-    Raises:
-        ValueError: if there are no images.
+    - ``squared_error``: squared error per image with z sampled, summed over its values;
+    - ``squared_error_mean``: the same through the posterior's mean;
+    - ``psnr``: peak signal-to-noise ratio through the mean, dB, mean over the images;
+    - ``kl``: nats per image, and ``kl_per_dimension``: a list in the latent's order;
+    - ``reconstruction_loss``, ``total_loss``: per image, as ``loss`` defines them;
+    - ``active_units``: latent dimensions whose mean varies over the data by more than 0.01
+      (Burda et al. 2016, section 4.2).
     """
     was_training = model.training
     model.eval()
@@ -83,10 +73,7 @@ class PCA:
 
     It is fitted by block power iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4), which
     holds one batch at a time: the memory it takes does not grow with the number of images.
-
-    Args:
-        batches: images, each batch [batch, channels, height, width].
-        components: how many directions of most variance; at most all that the images span.
+    ``components`` is how many directions of most variance it keeps, at most all there are.
     """
 
     def __init__(self, batches: Batches, components: int) -> None:

@@ -9,9 +9,6 @@ class SampleLatent(nn.Module):
 
     z = mean + exp(log_var / 2) * epsilon with epsilon from N(0, I): the randomness enters from
     outside, so gradients reach mean and log-variance (Kingma & Welling 2014, section 2.4).
-
-    Args:
-        latent_size: the number of latent dimensions.
     """
 
     def __init__(self, latent_size: int) -> None:
@@ -40,14 +37,8 @@ class Encoder(nn.Module):
     behind the pooling, not before it as in the post: a maximum and a ReLU commute, so outputs and
     gradients are the same to the bit, and the ReLU has a quarter of the values to look at.
 
-    Args:
-        image_resolution: (height, width), positive multiples of 8.
-        image_channels: 3 for RGB images.
-        latent_size: the number of latent dimensions.
-        batch_norm: normalise each convolution's output over the batch (Ioffe & Szegedy 2015).
-
-    Raises:
-        ValueError: if the resolution cannot be halved three times.
+    ``image_resolution`` is (height, width), ``ValueError`` if that cannot be halved three times.
+    ``batch_norm`` normalises each convolution's output over the batch (Ioffe & Szegedy 2015).
     """
 
     def __init__(
@@ -91,9 +82,7 @@ class Decoder(nn.Module):
     """The likelihood p(x | z): the mean image for each latent vector.
 
     One linear layer and three transposed convolutions that double the resolution; a sigmoid keeps
-    the pixels in [0, 1] (the post, "Layers").
-
-    Args and Raises are the encoder's.
+    the pixels in [0, 1] (the post, "Layers"). It takes and refuses what the encoder does.
     """
 
     def __init__(

@@ -13,22 +13,18 @@ class ELBOLoss(nn.Module):
     """Reconstruction loss + beta * KL(q(z | x) || p(z)), mean over the batch.
 
     With beta 1 and a proper likelihood it is the negative ELBO of Kingma & Welling (2014,
-    equation 3) with one z for each image; another beta is Higgins et al. (2017).
+    equation 3) with one z for each image; another beta is Higgins et al. (2017). Assign to
+    ``loss.beta`` to anneal it. The likelihood says what -log p(x | z) is the reconstruction loss:
 
-    Args:
-        beta: the weight of the KL divergence, 0 or more. Assign to ``loss.beta`` to anneal it.
-        likelihood: what -log p(x | z) stands for the reconstruction loss.
+    - ``"gaussian"``: the squared error summed over the image, as in the post: a Gaussian of
+      variance 1/2 without its constants, so not comparable in nats;
+    - ``"bernoulli"``: the binary cross-entropy summed over the image, in nats; no value counts for
+      more than 100;
+    - ``"sigma"``: a Gaussian whose one variance is the batch's mean squared error, its
+      maximum-likelihood value (Rybkin et al. 2021, section 3); constants included, in nats. No
+      beta has to be chosen: 1 is right.
 
-            - ``"gaussian"``: the squared error summed over the image, as in the post: a Gaussian
-              of variance 1/2 without its constants, so not comparable in nats.
-            - ``"bernoulli"``: the binary cross-entropy summed over the image, in nats; no
-              value counts for more than 100.
-            - ``"sigma"``: a Gaussian whose one variance is the batch's mean squared error, its
-              maximum-likelihood value (Rybkin et al. 2021, section 3); constants included, in
-              nats. No beta has to be chosen: 1 is right.
-
-    Raises:
-        ValueError: for a negative or non-finite beta or an unknown likelihood.
+    ``ValueError`` for a negative or non-finite beta or an unknown likelihood.
     """
 
     def __init__(self, beta: float, likelihood: str = "gaussian") -> None:
@@ -45,18 +41,10 @@ class ELBOLoss(nn.Module):
     ) -> tuple[float, Tensor, Tensor, Tensor]:
         """Return beta, the KL loss, the reconstruction loss and the total loss.
 
-        Args:
-            original: images in [0, 1], [batch, channels, height, width].
-            reconstruction: the decoder's output in [0, 1], the same shape.
-            latent_mean: the posterior's mean, [batch, latent].
-            latent_log_var: the logarithm of its variance, [batch, latent].
-
-        Returns:
-            ``(beta, kl_loss, reconstruction_loss, total_loss)``: a number and three scalars, the
-            KL loss in nats per image, the reconstruction loss per image in the likelihood's unit.
-
-        Raises:
-            ValueError: if the shapes do not fit together, which PyTorch would broadcast silently.
+        That is a number and three scalars, all per image, the KL loss in nats. Originals and
+        reconstructions are [batch, channels, height, width] in [0, 1], means and log-variances of
+        the posteriors [batch, latent]. ``ValueError`` for other shapes, which PyTorch would
+        broadcast silently.
         """
         if original.shape != reconstruction.shape or latent_mean.shape != latent_log_var.shape:
             shapes = original, reconstruction, latent_mean, latent_log_var

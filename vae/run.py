@@ -101,15 +101,8 @@ class Run(ExitStack):
 
     Inside the block nobody else writes to the folder, PyTorch's random numbers are the run's own
     (the caller's go on afterwards as if nothing had been drawn), and a signal waits for the end of
-    the epoch; a second one stops at once.
-
-    Args:
-        options: a data class with the experiment's settings, as in ``vae_training.py``.
-        folder: is made if it is missing; a new run needs it empty.
-        resume: go on with the run in ``folder``.
-
-    Raises:
-        UserError: if folder and options do not fit, or another run is writing there.
+    the epoch; a second one stops at once. ``UserError`` if options and folder do not fit (a new
+    run needs an empty one), or another run is writing there.
     """
 
     def __init__(self, options: Any, folder: Path | str, resume: bool = False) -> None:
@@ -181,13 +174,13 @@ class Run(ExitStack):
         return options.learning_rate
 
     def begin(self, model: VAE, optimiser: Optimizer, *splits: InMemory) -> int:
-        """Take up the checkpoint of a run to resume; return the epoch to begin or go on with."""
-        self.pictures = 0
+        """Return the epoch to begin with; take up the checkpoint of a run to resume."""
+        pictures = 0
         for split in splits:
-            self.pictures = zlib.crc32(split.pixels.numpy().data, self.pictures)
-        channels, height, width = splits[0][0][0].shape
-        self.config = asdict(self.options)
-        self.config |= {"image_resolution": [height, width], "image_channels": channels}
+            pictures = zlib.crc32(split.pixels.numpy().data, pictures)
+        channels, *resolution = splits[0][0][0].shape
+        shape = {"image_resolution": resolution, "image_channels": channels}
+        self.config, self.pictures = asdict(self.options) | shape, pictures
         epoch = self.restore(model, optimiser) if self.resume else 0
         self.in_epoch = epoch < self.options.epochs
         return epoch
@@ -213,10 +206,12 @@ class Run(ExitStack):
 
     def diverged(self, epochs: int) -> FloatingPointError:
         """Return the error for a loss or weights that are not finite after so many epochs."""
-        kept = (self.folder / "checkpoint.pt").exists()
-        last = f". The last good checkpoint is in {self.folder}" if kept else ""
-        what = f"loss or weights are no longer finite in epoch {epochs - 1}"
-        return FloatingPointError(f"{what}: lower --learning-rate{last}")
+        message = (
+            f"loss or weights are no longer finite in epoch {epochs - 1}: lower --learning-rate"
+        )
+        if (self.folder / "checkpoint.pt").exists():
+            message += f". The last good checkpoint is in {self.folder}"
+        return FloatingPointError(message)
 
     def restore(self, model: VAE, optimiser: Optimizer) -> int:
         """Take up model and optimiser from the checkpoint; return the epoch to go on with."""
@@ -232,9 +227,9 @@ class Run(ExitStack):
             model.load_state_dict(checkpoint["model"])
             # Adam trusts what it is given; in a tensor like the weight it finds what it expects.
             for index, weight in enumerate(model.parameters()):
-                own = {"exp_avg": weight.detach(), "exp_avg_sq": weight.detach()}
-                for name, like in ({"step": torch.tensor(0.0)} | own).items():
-                    state[index][name] = torch.empty_like(like).copy_(state[index][name])
+                like = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
+                for name, own in like.items():
+                    state[index][name] = torch.empty_like(own).copy_(state[index][name])
             optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
             self.started -= checkpoint["seconds"]
         return epoch
@@ -256,15 +251,11 @@ def check_options(options: Any) -> None:
 
 
 def folder_of(command: Any) -> Path:
-    """Return the folder of the run that a command line names: to resume, or new.
-
-    A new run that was given no name has date, time and data set in it.
-    """
+    """Return the folder of the run that a command line names: to resume, or new."""
     if command.resume:
         folder = command.log_dir / command.resume
         return folder if folder.is_dir() else Path(command.resume)
-    dataset = command.experiment.dataset
-    now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    now, dataset = f"{datetime.now():%Y-%m-%d_%H-%M-%S}", command.experiment.dataset
     if dataset not in ("auto", "flowers102"):
         now += "-" + re.sub(r"[^\w-]+", "-", Path(dataset).name)
     return command.log_dir / (command.run_name or now)
@@ -272,12 +263,9 @@ def folder_of(command: Any) -> Path:
 
 def saved_options(kind: type, folder: Path) -> Any:
     """Return the options, of that kind, of the run in ``folder``."""
-    path = folder / "checkpoint.pt"
-    config = load_checkpoint(path)["config"]
-    with named(path):
-        return kind(
-            **{n: config[n] for n in config if n not in ("image_resolution", "image_channels")}
-        )
+    config = load_checkpoint(folder / "checkpoint.pt")["config"]
+    with named(folder / "checkpoint.pt"):
+        return kind(**{each.name: config[each.name] for each in fields(kind)})
 
 
 def check_same_experiment(config: dict[str, Any], options: Any) -> None:
@@ -318,8 +306,7 @@ def own_random_numbers(device: torch.device) -> Any:
 def replace_atomically(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of ``path`` once the block has ended well.
 
-    Whoever reads ``path`` meanwhile sees the old file or the new one, never half of one. Of a
-    link, the file that it points to is replaced; what is no file is not (``OSError``).
+    Of a link, the file that it points to is replaced; what is no file is not (``OSError``).
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():

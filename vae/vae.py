@@ -9,17 +9,9 @@ from vae.layers import Decoder, Encoder, SampleLatent
 class VAE(nn.Module):
     """The variational autoencoder of Kingma & Welling (2014), as the post builds it.
 
-    65,831 parameters at the post's setting (32x32 RGB, 10 latent dimensions).
-
-    Args:
-        image_resolution: (height, width), positive multiples of 8.
-        latent_size: the number of latent dimensions, at least 1.
-        image_channels: 3 for RGB images.
-        batch_norm: batch normalisation between convolution and activation; without it the
-            parameters are the post's.
-
-    Raises:
-        ValueError: for sizes that the network cannot be built for.
+    65,831 parameters at the post's setting (32x32 RGB, 10 latent dimensions). ``image_resolution``
+    is (height, width), positive multiples of 8; ``batch_norm`` puts a batch normalisation between
+    convolution and activation. ``ValueError`` for sizes that the network cannot be built for.
     """
 
     def __init__(
@@ -42,9 +34,7 @@ class VAE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode images, [batch, channels, height, width] in [0, 1], draw one z for each, decode.
 
-        Returns:
-            The reconstructions, of the images' shape, and the posterior's mean and log-variance,
-            each [batch, latent].
+        Returns the reconstructions, and the posterior's mean and log-variance.
         """
         mean, log_var = self.encoder(x)
         # The encoder turns images, [batch, channels, height, width], into the posterior of each:
