@@ -14,7 +14,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from datasets.preprocessing import InMemory, augment
+from datasets.preprocessing import InMemory, UserError, augment
 from vae.losses import ELBOLoss
 from vae.report import opening, report, summary, write_validation
 from vae.run import Run, check_options, folder_of, one_line_errors, saved_options
@@ -64,13 +64,12 @@ def train(
 ) -> tuple[VAE, dict[str, Any]]:
     """Run the post's training loop in ``folder``; go on with the run that is there if ``resume``.
 
-    Returns the model, and the metrics that are in ``metrics.json``. ``UserError`` if options,
-    pictures and folder do not fit together, ``FloatingPointError`` if a loss or weight stops being
-    finite, ``KeyboardInterrupt`` after Ctrl-C, once the epoch is done and saved.
+    Returns the model and what ``metrics.json`` has. ``UserError`` if options, pictures and folder
+    do not fit, ``FloatingPointError`` if a loss or weight stops being finite.
     """
     size, num_epochs = options.image_size, options.epochs
     with Run(options, folder, resume) as run:  # the folder's lock, random numbers and Ctrl-C
-        # Squeeze every picture to the resolution, as in the post, or cut its middle out
+        # Squeeze every picture, as in the post, or cut its middle out
         crop = [Resize(size), CenterCrop(size)] if options.crop else [Resize((size, size))]
         pipeline = Compose([*crop, ToTensor()])
         # Load with it Flowers102, or what --dataset names, each picture decoded once
@@ -94,7 +93,6 @@ def train(
         writer = run.enter_context(SummaryWriter(folder))
         if progress:
             print(opening(run, model, splits, first_epoch))
-
         # Main training loop
         batch_num = first_epoch * len(train_dataloader)
         bar = {"initial": first_epoch, "total": num_epochs, "disable": None if progress else True}
@@ -158,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         read = partial(tyro.cli, Command, prog="vae_training.py", args=arguments)
         command = read()
+        if command.resume and command.preset == "best":
+            raise UserError("a resumed run keeps its own settings: leave out --preset")
         folder = folder_of(command)
         if command.resume or command.preset == "best":  # read once more, with other defaults
             start = saved_options(Options, folder) if command.resume else BEST

@@ -28,11 +28,7 @@ TIMEOUT = 10.0  # seconds for which a server may be silent
 
 
 def choose_dataset(name: str, root: Path | str) -> str:
-    """Return the data set that ``"auto"`` stands for; any other name as it is.
-
-    It is Flowers102 if that is in ``root`` or its server can be reached, else the synthetic
-    flowers, with a warning.
-    """
+    """Return the name; for ``"auto"`` Flowers102 if it can be had, else the synthetic flowers."""
     if name != "auto":
         return name
     try:
@@ -44,16 +40,10 @@ def choose_dataset(name: str, root: Path | str) -> str:
 
 
 def find_dataset(name: str, root: Path | str, fetch: bool = True) -> Callable[..., Any]:
-    """Return a data set, to be called with ``split`` and ``transform``.
+    """Return one of ``DATASETS`` or a folder of pictures, to be called with split and transform.
 
-    Args:
-        name: one of ``DATASETS``, or a folder of pictures.
-        root: the folder that holds the data set, or to which it is downloaded.
-        fetch: download what is missing.
-
-    Raises:
-        UserError: for a name that is neither, or a data set that is missing and not to be fetched.
-        ConnectionError: if the data set is missing and cannot be downloaded.
+    What is not in the folder ``root`` is downloaded to it, if ``fetch``. ``UserError`` for what
+    there is not, ``ConnectionError`` for what cannot be downloaded.
     """
     if name not in DATASETS:
         if not Path(name).expanduser().is_dir():

@@ -20,15 +20,8 @@ class PictureFolder(Dataset):
 
     Subfolders ``train``, ``val`` and ``test`` are the splits where all three are there. Else each
     picture goes to one (80, 10 and 10 %) by a hash of its path below the folder, so that it stays
-    there when others are added, and on every machine. What is no picture is passed over.
-
-    Args:
-        root: the folder.
-        split: ``"train"``, ``"val"`` or ``"test"``.
-        transform: applied to each picture, an upright RGB image.
-
-    Raises:
-        UserError: if the split has no pictures.
+    there when others are added, and on every machine. What is no picture is passed over. The
+    transform is applied to upright RGB images. ``UserError`` if the split has no pictures.
     """
 
     def __init__(

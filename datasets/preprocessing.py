@@ -69,13 +69,12 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def read_heic() -> bool:
-    """Let Pillow read HEIC, if ``pillow-heif`` is installed; return whether it is."""
-    try:
+    """Let Pillow read HEIC, if ``pillow-heif`` is installed; return whether it does."""
+    with suppress(ImportError):
         from pillow_heif import register_heif_opener
-    except ImportError:
-        return False
-    register_heif_opener()
-    return True
+
+        register_heif_opener()
+    return ".heic" in Image.registered_extensions()
 
 
 class InMemory(Dataset):
@@ -87,14 +86,8 @@ class InMemory(Dataset):
     drawn once and stays; random changes belong behind the ``DataLoader`` (see ``augment``).
 
     Pictures are kept in ``datasets/cache/`` for the next run, unless nothing tells whether they
-    are still the same (see ``fingerprint``).
-
-    Args:
-        dataset: the data set. Its own ``classes``, if it has them, name the labels.
-        progress: show a progress bar on terminals.
-
-    Raises:
-        UserError: if there are no pictures, or they differ in shape, or are not in [0, 1].
+    are still the same (see ``fingerprint``). ``progress`` shows a bar on terminals. ``UserError``
+    if there are no pictures, or they differ in shape, or are not in [0, 1].
     """
 
     def __init__(self, dataset: Any, progress: bool = True) -> None:
