@@ -1,41 +1,35 @@
 """See what a trained model has learnt: ``python vae_inference.py similar photograph.jpg``."""
 
-import base64
-import io
 import json
 import math
-import os
 import sys
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL import ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+from torchvision.transforms import CenterCrop, Compose, Grayscale, Resize, ToPILImage, ToTensor
 from torchvision.utils import make_grid
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, PositionalRequiredArgs, arg
 
-from datasets import find_dataset
-from datasets.preprocessing import InMemory, UserError, read_picture
-from vae.latent import fit_latents, near, prior, spherical_steps, variation_per_dimension
-from vae.layers import Decoder
+from datasets.preprocessing import UserError, read_picture
+from vae.latent import near, prior, variation_per_dimension
 from vae.run import find_device, load_model, one_line_errors, own_random_numbers, replace_atomically
 from vae.vae import VAE
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "vae" / "runs"
 TRAINED = ROOT / "results" / "trained.pt"  # the model that comes with the repository
-SIGNATURE = b"vae_inference.py"  # stands in every file that is written here
-SMALLEST_SIDE = 128  # pixels that each picture of a grid has at least on its shorter side
+SIGNATURE = "vae_inference.py"  # stands in every file that is written here
 
 
 @dataclass(frozen=True)
@@ -50,109 +44,72 @@ class Settings:
     device: str = "auto"  # cpu, cuda, mps ...; auto: an accelerator, if there is one
 
 
-Pictures = Positional[Annotated[tuple[Path, ...], arg(name="pictures", metavar="PICTURE ...")]]
-Shared = Annotated[OmitArgPrefixes[Settings], arg(help="What all commands share.")]
-SETTINGS = Settings()
 FROM = "where the training pictures' latents are, or N(0, I)"
+Pictures = Annotated[tuple[Path, ...], arg(metavar="PICTURE ...")]
+Count = Annotated[int, arg(help="new flowers, near each picture if any is given")]
+Spread = Annotated[float, arg(help="0: the reconstruction; 1: any flower")]
+Source = Annotated[Literal["data", "prior"], arg(name="from", help=FROM)]
+Steps = Annotated[int, arg(help="pictures in a row, both ends included")]
+Rows = Sequence[tuple[str, float]]  # names of a grid's rows, and their marks' places, in columns
 
 
-def similar(
-    images: Pictures,
-    settings: Shared = SETTINGS,
-    count: Annotated[int, arg(help="new flowers for each picture")] = 8,
-    spread: Annotated[float, arg(help="0: the reconstruction; 1: any flower")] = 0.3,
-) -> None:
+def similar(settings: Settings, pictures: Pictures, count: Count = 8, spread: Spread = 0.3) -> None:
     """A picture, its reconstruction, and new flowers near it."""
-    check("the number of pictures", len(images), 1, 1000)
+    check("the number of pictures", len(pictures), 1, 1000)
     check("--count", count, 1, 1000)
     check("--spread", spread, 0, 1)
-    with open_model(settings, "similar.png", images) as (model, latents):
+    with drawing(settings, "similar.png", pictures) as (file, model, latents, images):
         rows = []
-        for x in photographs(model, images, settings):
+        for x in images:
             mean, _ = model.encoder(x)
             z = near(mean, latents, count, spread)
             rows += [x, model.decoder(torch.cat((mean, z)))]
-        captions = ["picture", "reconstruction", "new flowers"]
-        write(draw_grid(torch.cat(rows), count + 2, captions), settings, "similar.png")
+        draw_grid(file, torch.cat(rows), 2 + count, ["picture", "reconstruction", "new flowers"])
 
 
-def sample(
-    settings: Shared = SETTINGS,
-    count: Annotated[int, arg(help="new flowers")] = 50,
-    source: Annotated[Literal["data", "prior"], arg(name="from", help=FROM)] = "data",
-) -> None:
+def sample(settings: Settings, count: Count = 50, source: Source = "data") -> None:
     """New flowers."""
     check("--count", count, 1, 1000)
-    with open_model(settings, "sample.png") as (model, latents):
+    with drawing(settings, "sample.png") as (file, model, latents, _):
         z = (latents if source == "data" else prior(model)).sample((count,))
-        columns = math.ceil(math.sqrt(2 * count))  # twice as wide as high
-        write(draw_grid(model.decoder(z), columns), settings, "sample.png")
+        draw_grid(file, model.decoder(z), math.ceil(math.sqrt(2 * count)))  # twice as wide as high
 
 
-def reconstruct(
-    images: Pictures,
-    settings: Shared = SETTINGS,
-) -> None:
-    """Pictures beside their reconstructions."""
-    check("the number of pictures", len(images), 1, 1000)
-    with open_model(settings, "reconstruct.png", images, fitted=False) as (model, _):
-        x = torch.cat(photographs(model, images, settings))
-        pairs = torch.stack((x, model.reconstruct(x)), dim=1).flatten(0, 1)
-        write(draw_grid(pairs, 2, ["picture", "reconstruction"]), settings, "reconstruct.png")
-
-
-def interpolate(
-    images: Positional[tuple[Path, Path]],
-    settings: Shared = SETTINGS,
-    steps: Annotated[int, arg(help="pictures on the way, both ends included")] = 8,
-) -> None:
+def interpolate(settings: Settings, pictures: tuple[Path, Path], steps: Steps = 8) -> None:
     """The way from one picture's reconstruction to another's, between the two pictures."""
     check("--steps", steps, 2, 100)
-    with open_model(settings, "interpolate.png", images, fitted=False) as (model, _):
-        start, end = photographs(model, images, settings)
-        z = spherical_steps(model.encoder(start)[0], model.encoder(end)[0], steps)
+    with drawing(settings, "interpolate.png", pictures) as (file, model, _, images):
+        start, end = images
+        shares = torch.linspace(0, 1, steps, device=start.device)[:, None]
+        z = torch.lerp(model.encoder(start)[0], model.encoder(end)[0], shares)
         captions = ["from", "reconstruction", *[""] * (steps - 2), "reconstruction", "to"]
-        grid = draw_grid(torch.cat((start, model.decoder(z), end)), len(captions), captions)
-        write(grid, settings, "interpolate.png")
+        draw_grid(file, torch.cat((start, model.decoder(z), end)), 2 + steps, captions)
 
 
-def traverse(
-    image: Positional[Path],
-    settings: Shared = SETTINGS,
-    steps: Annotated[int, arg(help="pictures for each dimension")] = 7,
-) -> None:
+def traverse(settings: Settings, picture: Path, steps: Steps = 7) -> None:
     """What each latent dimension does to a picture, moved by -3 to 3 standard deviations."""
     check("--steps", steps, 2, 100)
-    with open_model(settings, "traverse.png", [image]) as (model, latents):
-        (x,) = photographs(model, [image], settings)
+    with drawing(settings, "traverse.png", [picture]) as (file, model, latents, (x,)):
         mean, _ = model.encoder(x)
+        places = ((mean[0] - latents.mean) / latents.stddev).tolist()
+        moves = torch.linspace(-3, 3, steps, device=mean.device)
+        z = mean.repeat(model.latent_size, 1 + steps, 1)  # first in each row the reconstruction
+        rows = []
         shares, order = variation_per_dimension(model, latents).sort(descending=True)
-        moves = torch.linspace(-3, 3, steps, device=x.device)
-        # The first column is the picture's own reconstruction.
-        z = mean.repeat(model.latent_size, 1 + steps, 1)
-        for row, dimension in enumerate(order):
-            z[row, 1:, dimension] = latents.mean[dimension] + moves * latents.stddev[dimension]
-        own = ((mean[0] - latents.mean) / latents.stddev)[order]
-        rows = [
-            f"z{dimension} ({share:.0%})\nis {step:.2f} sd"
-            for dimension, share, step in zip(order, shares, own, strict=True)
-        ]
+        for row, (share, i) in enumerate(zip(shares.tolist(), order.tolist(), strict=True)):
+            z[row, 1:, i] = latents.mean[i] + moves * latents.stddev[i]
+            mark = 1.5 + (min(max(places[i], -3), 3) + 3) / 6 * (steps - 1)
+            rows.append((f"z{i} ({share:.0%})\nis {places[i]:.2f} sd", mark))
         captions = ["reconstruction", *(f"{move:.3g} sd" for move in moves.tolist())]
-        marks = (1.5 + (own.clamp(-3, 3) + 3) / 6 * (steps - 1)).tolist()
-        grid = draw_grid(model.decoder(z.flatten(0, 1)), len(captions), captions, rows, marks)
-        write(grid, settings, "traverse.png")
+        draw_grid(file, model.decoder(z.flatten(0, 1)), 1 + steps, captions, rows)
 
 
-def explore(
-    image: Positional[Path | None] = None,
-    settings: Shared = SETTINGS,
-) -> None:
+def explore(settings: Settings, picture: Positional[Path | None] = None) -> None:
     """A web page with a slider for each latent dimension, which needs nothing but itself."""
-    images = [image] if image else []
-    with open_model(settings, "explore.html", images) as (model, latents):
-        pictures = photographs(model, images, settings)
-        start = model.encoder(pictures[0])[0] if pictures else latents.sample((1,))
-        check_page(model, latents.mean + latents.stddev * torch.eye(model.latent_size))
+    pictures = [picture] if picture else []
+    with drawing(settings, "explore.html", pictures) as (file, model, latents, images):
+        layers = layers_of_page(model.decoder, latents.mean + latents.stddev.diag())
+        start = model.encoder(images[0])[0] if images else latents.sample((1,))
         exported = {
             "features": model.decoder.feature_shape,
             "variation": variation_per_dimension(model, latents).tolist(),
@@ -160,13 +117,12 @@ def explore(
             "centre": latents.mean.tolist(),
             "scale": latents.scale_tril.tolist(),
             "layers": [
-                {"weight": base64_float32(weight), "bias": base64_float32(bias)}
-                for weight, bias in (layer.parameters() for layer in layers_of(model.decoder))
+                {name: b64encode(x.cpu().numpy()).decode() for name, x in each.state_dict().items()}
+                for each in layers
             ],
         }
-        template = (ROOT / "vae" / "explore.html").read_text(encoding="utf-8")
-        page = template.replace("{{model}}", json.dumps(exported))
-        write(page.encode(), settings, "explore.html")
+        page = (ROOT / "vae" / "explore.html").read_text(encoding="utf-8")
+        file.write(page.replace("{{model}}", json.dumps(exported)).encode())
 
 
 def check(name: str, given: float, low: float, high: float) -> None:
@@ -175,165 +131,109 @@ def check(name: str, given: float, low: float, high: float) -> None:
         raise UserError(f"{name} is {given}: {low} to {high} is needed")
 
 
-def check_page(model: VAE, z: Tensor) -> None:
-    """Raise ``UserError`` where the page would draw other pictures than the model does."""
-    try:
-        fc, *deconvs = layers_of(model.decoder)
-        x = fc(z).reshape(len(z), *model.decoder.feature_shape)
-        for deconv in deconvs[:-1]:
-            x = deconv(x).relu()
-        same = torch.allclose(deconvs[-1](x).sigmoid(), model.decoder(z), atol=1e-4)
-        same &= all(len([*layer.parameters()]) == 2 for layer in (fc, *deconvs))
-    except AttributeError:  # a layer of another name or kind
-        same = False
-    if not same:
-        raise UserError(
-            "this decoder does more than the page can: explore draws one linear layer and three "
-            "transposed convolutions, with batch norms and ReLUs between them"
-        )
+@contextmanager
+def drawing(
+    settings: Settings, usual: str, pictures: Sequence[Path] = ()
+) -> Iterator[tuple[BinaryIO, VAE, MultivariateNormal, list[Tensor]]]:
+    """Give what a command needs: a file to write, the model, its latents, and pictures for it.
 
-
-def layers_of(decoder: Decoder) -> list[nn.Linear | nn.ConvTranspose2d]:
-    """Return the decoder's linear layer and its transposed convolutions, batch norms folded in."""
-    layers: list[nn.Linear | nn.ConvTranspose2d] = [decoder.fc]
-    for deconv, norm in ((decoder.deconv1, decoder.norm1), (decoder.deconv2, decoder.norm2)):
-        if isinstance(norm, nn.BatchNorm2d):
-            deconv = fuse_conv_bn_eval(deconv, norm, transpose=True)
-        layers.append(deconv)
-    return [*layers, decoder.deconv3]
-
-
-def base64_float32(values: Tensor) -> str:
-    """Return the values in order, as little-endian float32 in base64."""
-    return base64.b64encode(values.detach().cpu().numpy().astype("<f4").tobytes()).decode()
-
-
-def photographs(model: VAE, images: Sequence[Path], settings: Settings) -> list[Tensor]:
-    """Read pictures as the model needs them, each [1, channels, height, width] in [0, 1]."""
-    height, width = model.image_resolution
-    to_tensor = Compose([Resize((height, width)), ToTensor()])
-    pictures = []
-    for path in images:
-        picture = read_picture(path)
-        if settings.crop:
-            share = min(picture.width / width, picture.height / height)
-            w, h = round(share * width), round(share * height)
-            left, top = (picture.width - w) // 2, (picture.height - h) // 2
-            picture = picture.crop((left, top, left + w, top + h))
-        if model.encoder.conv1.in_channels == 1:
-            picture = picture.convert("L")
-        pictures.append(to_tensor(picture)[None].to(next(model.parameters()).device))
-    return pictures
-
-
-def draw_grid(
-    images: Tensor,
-    columns: int,
-    captions: Sequence[str] = (),
-    rows: Sequence[str] = (),
-    marks: Sequence[float] = (),
-) -> bytes:
-    """Return a PNG file of images, [n, 3, height, width] in [0, 1], row by row, with captions.
-
-    Grey images, [n, 1, height, width], are shown as well. All are enlarged smoothly: as blocks,
-    few pixels hardly make a flower. ``rows`` stand to the left of the rows; ``marks`` say where to
-    mark each row's lower edge, counted in columns.
+    Each picture is [1, channels, height, width]; random numbers are the command's own.
+    ``UserError`` if the file would replace a user's own.
     """
-    images = images.expand(-1, 3, -1, -1)
-    factor = math.ceil(SMALLEST_SIDE / min(images.shape[-2:]))
-    large = F.interpolate(images, scale_factor=factor, mode="bicubic").clamp(0, 1)
-    pixels = large.mul(255).round().byte().cpu()
-    grid = make_grid(pixels, nrow=columns, padding=4, pad_value=255)
-    left, top = 90 if rows else 0, 20 if captions else 0
-    canvas = Image.new("RGB", (left + grid.shape[2], top + grid.shape[1]), "white")
-    canvas.paste(Image.fromarray(grid.movedim(0, -1).numpy()), (left, top))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
-    height, width = (size + 4 for size in pixels.shape[-2:])
-    for column, caption in enumerate(captions):
-        draw.text((left + (column + 0.5) * width, 2), caption, "black", font, anchor="ma")
-    for row, caption in enumerate(rows):
-        draw.text((4, top + (row + 0.5) * height), caption, "black", font, anchor="lm")
-    for row, mark in enumerate(marks):
-        x, y = left + mark * width + 2, top + (row + 1) * height
-        draw.polygon([(x, y - 12), (x - 8, y + 3), (x + 8, y + 3)], "#c2407e", "white")
-    file = io.BytesIO()
-    signature = PngInfo()
-    signature.add_text("Software", SIGNATURE.decode())
-    canvas.save(file, "PNG", pnginfo=signature)
-    return file.getvalue()
+    checkpoint = settings.checkpoint or find_checkpoint(settings.log_dir)
+    output = settings.output or Path(usual)
+    if not settings.output and output.is_file() and SIGNATURE.encode() not in output.read_bytes():
+        raise UserError(f"{output} is not this script's: name it with --output to replace it")
+    if output.resolve() in [path.resolve() for path in (checkpoint, *pictures)]:
+        raise UserError(f"{output} would be replaced: name another file with --output")
+    device = find_device(settings.device)
+    with own_random_numbers(device):
+        model, config, latents = load_model(checkpoint, device)
+        to_input = as_in_training(config, settings.crop)
+        images = [to_input(read_picture(path))[None].to(device) for path in pictures]
+        if not latents:
+            print("warning: its run has not ended: the prior stands in", file=sys.stderr)
+            latents = prior(model)
+        torch.manual_seed(settings.seed % 2**64)
+        with replace_atomically(output) as file, torch.inference_mode():
+            yield file, model, latents, images
+    print(output)
+    if not settings.checkpoint:
+        print(f"drawn by the model in {checkpoint} ({config.get('dataset')})", file=sys.stderr)
 
 
 def find_checkpoint(log_dir: Path) -> Path:
     """Return the checkpoint that was written last in ``log_dir``, else the repository's own."""
     found = list(log_dir.glob("*/checkpoint.pt"))
     if not found and log_dir.absolute() != RUNS.absolute():
-        needed = "train a model with vae_training.py, or name a checkpoint with --checkpoint"
-        raise UserError(f"{log_dir} holds no run with a checkpoint.pt: {needed}")
+        raise UserError(f"{log_dir} has no checkpoint.pt of a run: train one, or give --checkpoint")
     return max(found, key=lambda path: path.stat().st_mtime, default=TRAINED)
 
 
-@contextmanager
-def open_model(
-    settings: Settings, usual: str, images: Sequence[Path] = (), fitted: bool = True
-) -> Iterator[tuple[VAE, MultivariateNormal]]:
-    """Give the model and where its latents are, with random numbers of the command's own.
+def as_in_training(config: dict[str, Any], crop: bool) -> Compose:
+    """Return what makes the model's input, [channels, height, width] in [0, 1], of a picture."""
+    size = tuple(config["image_resolution"])
+    grey = [Grayscale()] if config["image_channels"] == 1 else []
+    resize = [Resize(max(size)), CenterCrop(size)] if crop else [Resize(size)]
+    return Compose([*grey, *resize, ToTensor()])
 
-    ``UserError`` where the file to write would replace one of a user's. ``fitted`` says whether
-    the command draws from the latents.
+
+def layers_of_page(decoder: Any, z: Tensor) -> list[nn.Module]:
+    """Return the decoder's layers as the page needs them: batch norms folded in, kernels of 2x2.
+
+    ``UserError`` where the page would draw something else from z, [batch, latent].
     """
-    checkpoint = settings.checkpoint or find_checkpoint(settings.log_dir)
-    output = settings.output or Path(usual)
-    if not settings.output and output.is_file() and SIGNATURE not in output.read_bytes():
-        raise UserError(f"{output} is not this script's: name it with --output to replace it")
-    if os.path.realpath(output) in map(os.path.realpath, (checkpoint, *images)):
-        raise UserError(f"{output} would be replaced: name another file with --output")
-    check("--seed", settings.seed, 0, 2**32 - 1)
-    device = find_device(settings.device)
-    with own_random_numbers(device):
-        model, config, latents = load_model(checkpoint, device)
-        if not latents:
-            latents = refit_latents(model, config) if fitted else prior(model)
-        torch.manual_seed(settings.seed)
-        with torch.inference_mode():
-            yield model, latents
-    if not settings.checkpoint:
-        print(f"drawn by the model in {checkpoint} ({config.get('dataset')})", file=sys.stderr)
+    images = decoder(z)
+    with suppress(AttributeError, RuntimeError):  # a layer of another name or kind
+        layers = [decoder.fc, decoder.deconv1, decoder.deconv2, decoder.deconv3]
+        for i, norm in ((1, decoder.norm1), (2, decoder.norm2)):
+            if isinstance(norm, nn.BatchNorm2d):
+                layers[i] = fuse_conv_bn_eval(layers[i], norm, transpose=True)
+        x = F.linear(z, layers[0].weight, layers[0].bias).unflatten(1, decoder.feature_shape)
+        for layer in layers[1:]:
+            x = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
+            x = x.sigmoid() if layer is layers[-1] else x.relu()
+        shapes = [each.shape[2:] for layer in layers for each in layer.parameters()]  # weight, bias
+        if shapes == [(), ()] + 3 * [(2, 2), ()] and torch.allclose(x, images, atol=1e-3):
+            return layers
+    can = "one linear layer and three transposed convolutions, with batch norms and ReLUs between"
+    raise UserError(f"this decoder does more than the page can: explore draws {can} them")
 
 
-def write(content: bytes, settings: Settings, usual: str) -> None:
-    """Write the file of a command and print its name."""
-    output = settings.output or Path(usual)
-    with replace_atomically(output) as file:
-        file.write(content)
-    print(output)
+def draw_grid(
+    file: BinaryIO, images: Tensor, columns: int, captions: Sequence[str] = (), rows: Rows = ()
+) -> None:
+    """Write images, [n, 1 or 3, height, width] in [0, 1], to a PNG file, row by row with captions.
 
-
-def refit_latents(model: VAE, config: dict[str, Any]) -> MultivariateNormal:
-    """Fit the latents of a run that has not ended, where its pictures are at hand."""
-    size = model.image_resolution
-    crop = [Resize(min(size)), CenterCrop(size)] if config.get("crop") else [Resize(size)]
-    pipeline = Compose([*crop, ToTensor()])
-    try:
-        dataset = find_dataset(config["dataset"], config["data_root"], fetch=False)
-        return fit_latents(model, InMemory(dataset(split="train", transform=pipeline)).batches())
-    except (KeyError, UserError):
-        lacks = "the checkpoint has no fitted latents (its run has not ended)"
-        instead = "its pictures are not at hand: the prior stands in for them"
-        print(f"warning: {lacks} and {instead}", file=sys.stderr)
-        return prior(model)
-
-
-COMMANDS = (similar, sample, reconstruct, interpolate, traverse, explore)
+    All are enlarged smoothly: as blocks, few pixels hardly make a flower.
+    """
+    factor = math.ceil(128 / min(images.shape[-2:]))  # 128 pixels at least on the shorter side
+    large = F.interpolate(images, scale_factor=factor, mode="bicubic").clamp(0, 1)
+    grid = make_grid(large.mul(255).round().byte().cpu(), nrow=columns, padding=4, pad_value=255)
+    left, top = 90 if rows else 0, 20 if captions else 0
+    canvas = ImageOps.expand(ToPILImage()(grid), (left, top, 0, 0), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
+    height, width = (size + 4 for size in large.shape[-2:])
+    for column, caption in enumerate(captions):
+        draw.text((left + (column + 0.5) * width, 2), caption, "black", font, anchor="ma")
+    for row, (name, mark) in enumerate(rows):
+        draw.text((4, top + (row + 0.5) * height), name, "black", font, anchor="lm")
+        x, y = left + mark * width + 2, top + (row + 1) * height
+        draw.polygon([(x, y - 12), (x - 8, y + 3), (x + 8, y + 3)], "#c2407e", "white")
+    signature = PngImagePlugin.PngInfo()
+    signature.add_text("Software", SIGNATURE)
+    canvas.save(file, "PNG", pnginfo=signature)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says and write one file."""
     with one_line_errors():
         tyro.extras.subcommand_cli_from_dict(
-            {each.__name__: each for each in COMMANDS},
+            {f.__name__: f for f in (similar, sample, interpolate, traverse, explore)},
+            prog="vae_inference.py",
             description=__doc__,
             args=arguments,
-            prog="vae_inference.py",
+            config=(OmitArgPrefixes, PositionalRequiredArgs),
         )
 
 

@@ -36,7 +36,7 @@ class Options:
 
     latent_size: int = 10  # latent dimensions
     batch_norm: bool = False  # batch normalisation in encoder and decoder
-    likelihood: Literal["gaussian", "bernoulli", "sigma"] = "gaussian"  # reconstruction loss
+    likelihood: Literal["gaussian", "bernoulli"] = "gaussian"  # reconstruction loss
     beta: float = 0.1  # weight of the KL divergence; 1 is the ELBO
     beta_schedule: Literal["constant", "linear", "cyclical"] = "constant"  # schedule of beta
     warmup_epochs: int = 100  # length of the linear warm-up of beta from 0

@@ -39,11 +39,11 @@ def choose_dataset(name: str, root: Path | str) -> str:
         return "synthetic"
 
 
-def find_dataset(name: str, root: Path | str, fetch: bool = True) -> Callable[..., Any]:
+def find_dataset(name: str, root: Path | str) -> Callable[..., Any]:
     """Return one of ``DATASETS`` or a folder of pictures, to be called with split and transform.
 
-    What is not in the folder ``root`` is downloaded to it, if ``fetch``. ``UserError`` for what
-    there is not, ``ConnectionError`` for what cannot be downloaded.
+    What is not in the folder ``root`` is downloaded to it. ``UserError`` for what there is not,
+    ``ConnectionError`` for what cannot be downloaded.
     """
     if name not in DATASETS:
         if not Path(name).expanduser().is_dir():
@@ -57,8 +57,6 @@ def find_dataset(name: str, root: Path | str, fetch: bool = True) -> Callable[..
     except RuntimeError as error:
         if "download" not in str(error):  # which all of torchvision's say where files are missing
             raise
-        if not fetch:
-            raise UserError(f"{name} is not in {root}") from None
         download(name, root)
         dataset(split="train")
     return dataset

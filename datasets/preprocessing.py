@@ -106,50 +106,38 @@ class InMemory(Dataset):
 
     def _read(self, dataset: Any, progress: bool) -> None:
         """Read all pictures, in threads: Pillow lets go of the interpreter's lock meanwhile."""
-        self.pixels = torch.empty(0, 0, 0, 0, dtype=torch.uint8)
         self.left_out: list[str] = []
-        labels: dict[int, Any] = {}
+        shapes = set()
 
-        def read_one(i: int) -> None:
+        def read_one(i: int) -> tuple[Tensor, Any] | None:
             try:
                 image, label = dataset[i]
             except DamagedPicture as error:
                 self.left_out.append(str(error))
-                return
+                return None
             except OSError as error:
                 files = [*files_of(dataset)]
                 where = files[i] if len(files) == len(dataset) else f"picture {i} of {self.name}"
                 raise UserError(f"{where} cannot be read as a picture: {error}") from None
             if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
-                needed = (
-                    "no float tensor [channels, height, width]: end its transform in ToTensor()"
-                )
-                raise UserError(f"picture {i} of {self.name} is {needed}")
+                needed = "a float tensor [channels, height, width], as ToTensor() makes it"
+                raise UserError(f"picture {i} of {self.name} is not {needed}: end its transform so")
             if not 0 <= image.min() <= image.max() <= 1:
                 raise UserError(f"picture {i} of {self.name} has values outside of [0, 1]")
-            values = image.mul(255).round_().byte().movedim(0, -1)
-            if not labels:
-                self.pixels = torch.empty(len(dataset), *values.shape, dtype=torch.uint8)
-            if values.shape != self.pixels.shape[1:]:
-                shapes = f"{list(values.shape)}, others {list(self.pixels.shape[1:])}"
-                given = f"picture {i} of {self.name} has height, width and channels {shapes}"
-                raise UserError(f"{given}: the transform needs to make them alike")
+            shapes.add(tuple(image.shape))
+            if len(shapes) > 1:
+                given = f"{self.name} has pictures of shapes {' and '.join(map(str, shapes))}"
+                raise UserError(f"{given}: its transform needs to make them alike")
             # NumPy's numbers become Python's, which the cache gives back as they were.
-            labels[i] = label.item() if isinstance(label, np.generic) else label
-            self.pixels[i] = values
+            label = label.item() if isinstance(label, np.generic) else label
+            return image.mul(255).round_().byte().movedim(0, -1), label
 
-        first = 0
-        while first < len(dataset) and not labels:  # one tells the shape of all
-            read_one(first)
-            first += 1
         if progress:
             print(f"Reading {len(dataset):,} pictures of {self.name}", file=sys.stderr)
         bar = {"unit": "picture", "leave": False, "disable": None if progress else True}
-        thread_map(read_one, range(first, len(dataset)), **bar)
-        there = sorted(labels)
-        self.labels = [labels[i] for i in there]
-        if self.left_out:
-            self.pixels = self.pixels[there]
+        pairs = [pair for pair in thread_map(read_one, range(len(dataset)), **bar) if pair]
+        self.pixels = torch.stack([values for values, _ in pairs]) if pairs else torch.empty(0)
+        self.labels = [label for _, label in pairs]
 
     def _load(self, path: Path) -> bool:
         """Take the pictures that an earlier run kept; return whether that could be done."""
@@ -256,8 +244,9 @@ def augment(images: Tensor) -> Tensor:
     matrices = torch.stack(x + y, dim=1).view(batch, 2, 3)
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     # Up to the centres of the outer pixels: padding_mode="border" is not there on every device.
-    edge = 1 - 1 / torch.tensor([width, height], dtype=grid.dtype, device=grid.device)
-    moved = F.grid_sample(images, torch.clamp(grid, -edge, edge), align_corners=False)
+    grid[..., 0].clamp_(1 / width - 1, 1 - 1 / width)
+    grid[..., 1].clamp_(1 / height - 1, 1 - 1 / height)
+    moved = F.grid_sample(images, grid, align_corners=False)
     colours = 1 + COLOUR * draws[:, 5:, None, None]
     tinted = torch.empty_like(moved, memory_format=torch.channels_last)
     return torch.mul(moved, colours, out=tinted).clamp_(0, 1)

@@ -1,13 +1,9 @@
-"""Flowers drawn with NumPy: the stand-in for Oxford Flowers102 where it cannot be downloaded.
-
-The splits have the sizes and labels of Flowers102; in the place of its 102 species stand invented
-ones that differ in petals, colours and centre. Each picture shows one flower with a position, size,
-tilt, light and background of its own.
-"""
+"""Flowers drawn with NumPy: the stand-in for Oxford Flowers102 where it cannot be downloaded."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,24 +24,17 @@ _TEST_COUNTS = (
     142, 108, 71, 46, 62, 43, 29, 38, 28,
 )
 
-# A circle of colours in which neighbours blend naturally.
-_PETAL_COLOURS = np.array([
-    (0.99, 0.98, 0.96), (0.99, 0.93, 0.66), (1.00, 0.86, 0.10),  # white, cream, yellow
-    (1.00, 0.58, 0.05), (0.99, 0.52, 0.40), (0.92, 0.11, 0.09),  # orange, salmon, red
-    (0.70, 0.03, 0.18), (0.97, 0.25, 0.50), (1.00, 0.68, 0.80),  # crimson, rose, pink
-    (0.88, 0.25, 0.74), (0.52, 0.22, 0.78), (0.78, 0.65, 0.95),  # magenta, violet, lilac
-    (0.32, 0.38, 0.92), (0.68, 0.80, 1.00),                      # blue, pale blue
-])
-_DISC_COLOURS = np.array([  # yellow, gold, brown, lime
-    (1.00, 0.86, 0.10), (0.98, 0.72, 0.06), (0.28, 0.14, 0.06), (0.70, 0.78, 0.22),
-])
-_BACKGROUNDS = np.array([  # the dark and the light shade of each
-    [(0.03, 0.12, 0.02), (0.52, 0.70, 0.26)],  # foliage
-    [(0.00, 0.01, 0.01), (0.14, 0.24, 0.10)],  # shade
-    [(0.14, 0.10, 0.07), (0.68, 0.60, 0.48)],  # soil
-    [(0.30, 0.50, 0.80), (0.90, 0.95, 0.98)],  # sky
-    [(0.20, 0.30, 0.05), (0.90, 0.88, 0.55)],  # meadow
-], dtype=np.float32)
+# Colours are percentages of red, green and blue. Those of the petals lie on a circle.
+_PETALS = np.array([
+    (99, 98, 96), (99, 93, 66), (100, 86, 10), (100, 58, 5), (99, 52, 40),  # white ... salmon
+    (92, 11, 9), (70, 3, 18), (97, 25, 50), (100, 68, 80), (88, 25, 74),  # red ... magenta
+    (52, 22, 78), (78, 65, 95), (32, 38, 92), (68, 80, 100),  # violet, lilac, blue, pale blue
+]) / 100
+_DISCS = np.array([(100, 86, 10), (98, 72, 6), (28, 14, 6), (70, 78, 22)]) / 100
+_BACKGROUNDS = np.array([  # the dark and the light shade of foliage, shade, soil, sky and meadow
+    [(3, 12, 2), (52, 70, 26)], [(0, 1, 1), (14, 24, 10)], [(14, 10, 7), (68, 60, 48)],
+    [(30, 50, 80), (90, 95, 98)], [(20, 30, 5), (90, 88, 55)],
+]) / 100
 # fmt: on
 
 
@@ -53,18 +42,17 @@ def flower_labels(split: str) -> np.ndarray:
     """Return the species of each picture, [n] int64 in 0..101: Flowers102's labels in its order."""
     # Flowers102 files species 20 between 15 and 16; all others stand in ascending order.
     order = np.array([*range(16), 20, *range(16, 20), *range(21, 102)], dtype=np.int64)
-    counts = dict.fromkeys(SPLITS, np.full(102, 10)) | {"test": np.array(_TEST_COUNTS)[order]}
-    return np.repeat(order, counts[split])
+    return np.repeat(order, np.array(_TEST_COUNTS)[order] if split == "test" else 10)
 
 
 class SyntheticFlowers(Dataset):
-    """Synthetic flowers, with the parameters of torchvision's ``Flowers102``.
+    """Flowers of 102 invented species; splits have the sizes and labels of Flowers102.
 
-    They are drawn when the first one is asked for, ``side`` x ``side`` pixels each; ``root`` and
-    ``download`` mean nothing here.
+    The parameters are torchvision's, of which ``root`` and ``download`` mean nothing here. The
+    pictures, ``side`` x ``side`` pixels each, are drawn when the first one is asked for.
     """
 
-    classes = tuple(str(species) for species in range(102))
+    classes = tuple(map(str, range(102)))
 
     def __init__(
         self,
@@ -89,66 +77,22 @@ class SyntheticFlowers(Dataset):
     @cached_property
     def _pictures(self) -> np.ndarray:
         """Draw the split, [n, side, side, 3] uint8 (sRGB), in threads."""
-        factors = _factors(self._split)
-        pictures = np.empty((len(self), self.side, self.side, 3), dtype=np.uint8)
-        chunk = max(1, 2**16 // self.side**2)  # arrays of this size stay in the processor's cache
-
-        def draw(start: int) -> None:
-            part = slice(start, start + chunk)
-            f = {name: values[part, None, None] for name, values in factors.items()}
-            pictures[part] = _draw(f, self.side, self.side)
-
-        thread_map(draw, range(0, len(self), chunk), disable=None, leave=False, desc="Drawing")
-        return pictures
-
-
-def _factors(split: str) -> dict[str, np.ndarray]:
-    """Draw what makes up each picture, each [n], colours [n, 3] (sRGB, 0 to 1), leaves [n, 16, 7].
-
-    Points and directions are complex numbers, x + iy, to the right and down.
-    """
-    labels = flower_labels(split)
-    n = len(labels)
-    # Counted from 1, because a seed's trailing zeros change nothing.
-    seed = (_SEED, 1 + SPLITS.index(split))
-    rng = np.random.default_rng(seed)
-    own_rngs = [np.random.default_rng((*seed, 1 + number)) for number in range(n)]
-    species = {name: column[labels] for name, column in _species().items()}
-    factors = {
-        # Towards where the flower nods, as long as the sine of the angle; and to the light.
-        "tilt": rng.uniform(0, 0.7, n) * np.exp(2j * np.pi * rng.random(n)),
-        "light": rng.random(n) * np.exp(2j * np.pi * rng.random(n)),
-        "centre": [1, 1j] @ rng.uniform(-0.3, 0.3, (2, n)),  # in halves of the shorter side
-        "radius": rng.uniform(0.6, 1.1, n),  # the same, before the tilt
-        "rotation": rng.uniform(0, 2 * np.pi, n) / species["petals"],  # of the first petal
-        "brightness": rng.uniform(0.7, 1.2, n),  # a factor on all values
-        "hue": rng.uniform(-0.5, 0.5, n),  # steps of the petals' colours around their circle
-        "background": rng.choice(len(_BACKGROUNDS), n, p=[0.35, 0.2, 0.15, 0.1, 0.2]),
-        "background_light": rng.random(n),  # 0 to 1
-        "leaves": np.stack([rng.random((16, 7), dtype=np.float32) for rng in own_rngs]),
-    }
-    circle = np.arange(len(_PETAL_COLOURS))
-    for name in ("petal_colour", "tip_colour", "throat_colour"):
-        at = species[name] + factors["hue"]
-        channels = [np.interp(at, circle, each, period=len(circle)) for each in _PETAL_COLOURS.T]
-        species[name] = np.stack(channels, axis=1)
-    species["disc_colour"] = _DISC_COLOURS[species["disc_colour"]]
-    return {
-        name: values.astype(np.complex64 if np.iscomplexobj(values) else np.float32)
-        for name, values in (factors | species).items()
-    }
+        draw = partial(_draw, _factors(self._split), self.side)
+        step = max(1, 2**14 // self.side**2)  # arrays of this size stay in the processor's cache
+        parts = [slice(start, start + step) for start in range(0, len(self), step)]
+        return np.concatenate(thread_map(draw, parts, disable=None, leave=False, desc="Drawing"))
 
 
 def _species() -> dict[str, np.ndarray]:
     """Invent the species, each property [102]. Radii are shares of the flower's own."""
-    rng, n = np.random.default_rng(_SEED), len(_TEST_COUNTS)
+    rng, n = np.random.default_rng(_SEED), 102
 
     def some(share: float, low: float, high: float) -> np.ndarray:
         return np.where(rng.random(n) < share, rng.uniform(low, high, n), 0)
 
     petals = rng.permutation(np.resize([3, 4, 5, 5, 5, 6, 6, 8, 8, 11, 13, 16, 21], n))
     few, lily = petals < 8, petals == 3
-    petal_colour = rng.permutation(np.resize(np.arange(len(_PETAL_COLOURS)), n))
+    petal_colour = rng.permutation(np.resize(np.arange(len(_PETALS)), n))
     return {
         "petals": petals,  # in a ring
         "rings": np.where(few, 1 + (lily | (rng.random(n) < 0.3)), rng.integers(1, 4, n)),
@@ -166,101 +110,126 @@ def _species() -> dict[str, np.ndarray]:
         "petal_colour": petal_colour,  # places on the circle of colours
         "tip_colour": petal_colour + rng.integers(-1, 2, n),
         "throat_colour": rng.choice([0, 2, 6, 10], n),
-        "disc_colour": rng.integers(len(_DISC_COLOURS), size=n),
+        "disc_colour": rng.integers(len(_DISCS), size=n),
     }
 
 
-def _draw(f: dict[str, np.ndarray], height: int, width: int) -> np.ndarray:
-    """Draw [n, height, width, 3] uint8 from what makes up each picture, [n, 1, 1, ...]."""
-    pixel = 2 / min(height, width)
-    x, y = (np.arange(size, dtype=np.float32) + 0.5 - size / 2 for size in (width, height))
-    point = (x + 1j * y[:, None]).astype(np.complex64) * pixel
-    picture = _background(f, point)
+def _factors(split: str) -> dict[str, np.ndarray]:
+    """Draw what makes up each picture: numbers [n], colours [3, n], leaves [16, 7, n].
 
-    # From the picture to the plane of the flower, in which its radius is 1.
-    place = (point - f["centre"]) / f["radius"]
-    picture = _darken(picture, 0.6 * np.clip(1.3 - np.abs(place + 0.25 * f["light"]), 0, 1))
-    cosine = np.sqrt(1 - np.abs(f["tilt"]) ** 2)
-    stretch = (place * f["tilt"].conj()).real / (cosine + cosine**2) - f["cup"] * np.abs(place)
-    f["place"], f["pixel"] = place + stretch * f["tilt"], pixel / f["radius"]
-    picture = _centre(_petals(picture, f), f)
-    light = f["brightness"] * (1 + 0.25 * (point * f["light"].conj()).real)
-    return (np.clip(picture * light[..., None], 0, 1) * 255 + 0.5).astype(np.uint8)
+    Points and directions are complex numbers, x + iy, to the right and down.
+    """
+    labels = flower_labels(split)
+    n = len(labels)
+    seed = (_SEED, 1 + SPLITS.index(split))  # from 1, because trailing zeros change nothing
+    rng = np.random.default_rng(seed)
+    own_rngs = [np.random.default_rng((*seed, 1 + number)) for number in range(n)]
+    f = {name: values[labels] for name, values in _species().items()}
+    f |= {
+        # Towards where the flower nods, as long as the sine of the angle; and to the light.
+        "tilt": rng.uniform(0, 0.7, n) * np.exp(2j * np.pi * rng.random(n)),
+        "light": rng.random(n) * np.exp(2j * np.pi * rng.random(n)),
+        "centre": [1, 1j] @ rng.uniform(-0.3, 0.3, (2, n)),  # in halves of the side
+        "radius": rng.uniform(0.6, 1.1, n),  # the same, before the tilt
+        "rotation": rng.uniform(0, 2 * np.pi, n) / f["petals"],  # of the first petal
+        "brightness": rng.uniform(0.7, 1.2, n),  # a factor on all values
+        "hue": rng.uniform(-0.5, 0.5, n),  # steps of the petals' colours around their circle
+        "shades": _BACKGROUNDS[rng.choice(5, n, p=[0.35, 0.2, 0.15, 0.1, 0.2])].transpose(1, 2, 0),
+        "background_light": rng.random(n),  # from the dark shade, 0, to the light one, 1
+        "leaves": np.stack([own.random((16, 7), dtype=np.float32) for own in own_rngs], axis=2),
+        "disc_colour": _DISCS[f["disc_colour"]].T,
+    }
+    for name in ("petal_colour", "tip_colour", "throat_colour"):
+        at = f[name] + f["hue"]
+        f[name] = np.stack([np.interp(at, range(14), each, period=14) for each in _PETALS.T])
+    single = {True: np.complex64, False: np.float32}
+    return {name: values.astype(single[np.iscomplexobj(values)]) for name, values in f.items()}
 
 
-def _background(f: dict[str, np.ndarray], point: np.ndarray) -> np.ndarray:
-    """Draw leaves out of focus and a few petals of other flowers, [n, height, width, 3]."""
-    dark, light = np.moveaxis(_BACKGROUNDS[f["background"].astype(int)], 3, 0)
-    picture = _mix(dark, light, f["background_light"])
-    for x, y, angle, length, width, shade, kind in np.moveaxis(f["leaves"], (3, 4), (0, 1)):
+def _draw(factors: dict[str, np.ndarray], side: int, part: slice) -> np.ndarray:
+    """Draw part of the pictures, [n, side, side, 3] uint8; until the end, colours stand first."""
+    f = SimpleNamespace(**{name: each[..., part, None, None] for name, each in factors.items()})
+    x = (np.arange(side, dtype=np.float32) + 0.5 - side / 2) * (2 / side)
+    point = (x + 1j * x[:, None]).astype(np.complex64)
+
+    # Leaves out of focus, and a few petals of other flowers.
+    dark, light = f.shades
+    picture = _mix(dark, light, f.background_light)
+    for x, y, angle, length, width, shade, kind in f.leaves:
         place = (point - 2.8 * (x - 0.5) - 2.8j * (y - 0.5)) * np.exp(1j * np.pi * angle)
         size = (place.real / (0.3 + 0.5 * length)) ** 2 + (place.imag / (0.12 + 0.3 * width)) ** 2
-        leaf = _mix(dark, light, 0.6 * shade + 0.4 * f["background_light"])
-        colour = np.where(kind[..., None] < 0.08, 0.85 * f["petal_colour"], leaf)
+        leaf = _mix(dark, light, 0.6 * shade + 0.4 * f.background_light)
+        colour = np.where(kind < 0.08, 0.85 * f.petal_colour, leaf)
         picture = _mix(picture, colour, 0.9 * np.exp(-(size**2)))
-    return picture
+
+    # From the picture to the plane of the flower, in which its radius is 1.
+    place = (point - f.centre) / f.radius
+    picture = _darken(picture, 0.6 * np.clip(1.3 - np.abs(place + 0.25 * f.light), 0, 1))
+    cosine = np.sqrt(1 - np.abs(f.tilt) ** 2)
+    stretch = (place * f.tilt.conj()).real / (cosine + cosine**2) - f.cup * np.abs(place)
+    f.place, f.pixel = place + stretch * f.tilt, 2 / side / f.radius
+    picture = _centre(_petals(picture, f), f)
+    light = f.brightness * (1 + 0.25 * (point * f.light.conj()).real)
+    return (np.clip(picture * light, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 3, 0)
 
 
-def _petals(picture: np.ndarray, f: dict[str, np.ndarray]) -> np.ndarray:
+def _petals(picture: np.ndarray, f: SimpleNamespace) -> np.ndarray:
     """Lay the petals over the picture, ring by ring.
 
     The outline of a petal is |s| ** roundness + (r / length) ** fullness = 1, with the radius r and
     with s the angle from its axis, 1 at half the petal's width.
     """
-    sector = 2 * np.pi / f["petals"]
-    r = np.abs(f["place"]) + 1e-4
-    turn = (np.angle(f["place"]) - f["rotation"] + f["twist"] * r) / sector
+    sector = 2 * np.pi / f.petals
+    r = np.abs(f.place) + 1e-4
+    turn = (np.angle(f.place) - f.rotation + f.twist * r) / sector
     # No petal is wider than two sectors, so that at most two of a ring meet in a pixel.
-    for ring, after in [(0, 1), (0, 0), (1, 1), (1, 0), (2, 1), (2, 0)]:
-        number = np.floor(turn + ring / 2) + after
+    for ring, before in np.ndindex(int(f.rings.max()), 2):
+        number = np.floor(turn + ring / 2) + 1 - before
         offset = turn + ring / 2 - number
-        s = np.abs(offset) / f["width"] + 1e-4
+        s = np.abs(offset) / f.width + 1e-4
         # Petals of one flower differ a little in length.
-        length = f["inner"] ** ring * (1 + 0.06 * np.sin(2.4 * np.mod(number, f["petals"])))
-        length = length * (1 - f["notch"] * np.exp(-((s / 0.35) ** 2)))
-        side, end = s ** f["roundness"], (r / length) ** f["fullness"]
-        slope = np.hypot(f["roundness"] * side / (s * f["width"] * sector), f["fullness"] * end)
-        distance = (1 - side - end) * r / slope
+        length = f.inner**ring * (1 + 0.06 * np.sin(2.4 * np.mod(number, f.petals)))
+        length = length * (1 - f.notch * np.exp(-((s / 0.35) ** 2)))
+        side, end = s**f.roundness, (r / length) ** f.fullness
+        slope = np.hypot(f.roundness * side / (s * f.width * sector), f.fullness * end)
+        distance = np.where(f.rings > ring, (1 - side - end) * r / slope, -np.inf)
 
         along = np.minimum(r / length, 1)
-        throat = np.clip(1.5 - r / f["throat"], 0, 1)
-        stripe = f["stripe"] * np.exp(-((s / 0.3) ** 2)) * np.minimum(1.4 - 1.2 * along, 1)
-        colour = _mix(f["petal_colour"], f["tip_colour"], along**2)
-        colour = _mix(colour, f["throat_colour"], np.maximum(throat, stripe))
-        lit = f["light"] * np.exp(-1j * (f["rotation"] + (number - ring / 2) * sector))
+        throat = np.clip(1.5 - r / f.throat, 0, 1)
+        stripe = f.stripe * np.exp(-((s / 0.3) ** 2)) * np.minimum(1.4 - 1.2 * along, 1)
+        colour = _mix(f.petal_colour, f.tip_colour, along**2)
+        colour = _mix(colour, f.throat_colour, np.maximum(throat, stripe))
+        lit = f.light * np.exp(-1j * (f.rotation + (number - ring / 2) * sector))
         depth = 0.85 + 0.25 * np.minimum(r, 1) - 0.04 * ring
         midrib = 1 - 0.15 * np.exp(-((s / 0.12) ** 2)) - 0.15 * s**2
         shade = depth * midrib * (1 + 0.15 * lit.real + 0.3 * lit.imag * offset)
-
-        there = f["rings"] > ring
         shadow = 0.5 * np.clip(1 + distance / 0.15, 0, 1) * (1 - np.abs(offset))
-        picture = _darken(picture, shadow * there)
-        coverage = np.clip(0.5 + distance / f["pixel"], 0, 1)
-        picture = _mix(picture, colour * shade[..., None], coverage * there)
+        coverage = np.clip(0.5 + distance / f.pixel, 0, 1)
+        picture = _mix(_darken(picture, shadow), colour * shade, coverage)
     return picture
 
 
-def _centre(picture: np.ndarray, f: dict[str, np.ndarray]) -> np.ndarray:
+def _centre(picture: np.ndarray, f: SimpleNamespace) -> np.ndarray:
     """Lay the disc with its seeds and the anthers of the stamens over the picture."""
-    r, angle = np.abs(f["place"]), np.angle(f["place"])
-    near = np.minimum(r / f["disc"], 2)
-    picture = _darken(picture, 0.5 * np.clip(2.2 - 1.2 * near, 0, 1))
+    r, angle = np.abs(f.place), np.angle(f.place)
+    near = np.minimum(r / f.disc, 2)
     seeds = near * np.sin(6 * angle + 5 * near) * np.sin(6 * angle - 5 * near)
-    lit = (f["place"] * f["light"].conj()).real / f["disc"]
-    colour = f["disc_colour"] * (1.1 - 0.5 * near**2 + 0.25 * seeds + 0.3 * lit)[..., None]
-    picture = _mix(picture, colour, np.clip(0.5 + (f["disc"] - r) / f["pixel"], 0, 1))
-    sector = np.pi / f["petals"]  # two anthers for each petal
-    apart = np.mod(angle - f["rotation"] + sector / 2, sector) - sector / 2
-    distance = 0.05 - np.abs(r * np.exp(1j * apart) - f["stamens"])
-    coverage = np.clip(0.5 + distance / f["pixel"], 0, 1)
-    return _mix(picture, f["disc_colour"], coverage * (f["stamens"] > 0))
+    lit = (f.place * f.light.conj()).real / f.disc
+    colour = f.disc_colour * (1.1 - 0.5 * near**2 + 0.25 * seeds + 0.3 * lit)
+    picture = _darken(picture, 0.5 * np.clip(2.2 - 1.2 * near, 0, 1))
+    picture = _mix(picture, colour, np.clip(0.5 + (f.disc - r) / f.pixel, 0, 1))
+    sector = np.pi / f.petals  # two anthers for each petal
+    apart = np.mod(angle - f.rotation + sector / 2, sector) - sector / 2
+    distance = 0.05 - np.abs(r * np.exp(1j * apart) - f.stamens)
+    coverage = np.clip(0.5 + distance / f.pixel, 0, 1)
+    return _mix(picture, f.disc_colour, coverage * (f.stamens > 0))
 
 
 def _mix(one: np.ndarray, other: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Blend colours [..., 3] by the weight of the other, [...] in 0..1."""
-    return one + (other - one) * weight[..., None]
+    """Blend two colours by the weight of the other, 0 to 1."""
+    return one + (other - one) * weight
 
 
 def _darken(picture: np.ndarray, shadow: np.ndarray) -> np.ndarray:
-    """Cast a shadow, [...] in 0..1, that spares bright channels as light through petals does."""
-    return picture * (1 - shadow[..., None] * (1 - 0.5 * picture))
+    """Cast a shadow, 0 to 1, that spares bright channels as light through petals does."""
+    return picture * (1 - shadow * (1 - 0.5 * picture))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from vae.latent import prior
-from vae.losses import ELBOLoss, kl_per_dimension, sigma_loss
+from vae.losses import ELBOLoss, kl_per_dimension
 from vae.vae import VAE
 
 Batches = Callable[[], Iterable[Tensor]]  # called for each pass; images on the CPU
@@ -19,30 +19,24 @@ Batches = Callable[[], Iterable[Tensor]]  # called for each pass; images on the 
 def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str, Any]:
     """Measure ``model`` on held-out images, batches of [batch, channels, height, width] in [0, 1].
 
-    The model is evaluated as it is used (``eval()``), and left in the mode that it was in.
-    ``ValueError`` if there are no images. The dictionary has
+    The model is in ``eval()`` mode. The dictionary has
 
     - ``squared_error``: squared error per image with z sampled, summed over its values;
     - ``squared_error_mean``: the same through the posterior's mean;
-    - ``psnr``: peak signal-to-noise ratio through the mean, dB, mean over the images;
     - ``kl``: nats per image, and ``kl_per_dimension``: a list in the latent's order;
     - ``reconstruction_loss``, ``total_loss``: per image, as ``loss`` defines them;
     - ``active_units``: latent dimensions whose mean varies over the data by more than 0.01
       (Burda et al. 2016, section 4.2).
     """
-    was_training = model.training
-    model.eval()
     sums: dict[str, Tensor] = {}
     count = 0
     device = next(model.parameters()).device
     for x in batches:
         x = x.to(device)
         reconstruction, mean, log_var = model(x)
-        squared_error_mean = torch.square(x - model.decoder(mean)).sum(dim=(1, 2, 3))
         measured = {
             "squared_error": torch.square(x - reconstruction).sum(dim=(1, 2, 3)),
-            "squared_error_mean": squared_error_mean,
-            "psnr": -10 * torch.log10(squared_error_mean / x[0].numel()),
+            "squared_error_mean": torch.square(x - model.decoder(mean)).sum(dim=(1, 2, 3)),
             "reconstruction_loss": loss.reconstruction_loss(x, reconstruction).expand(len(x)),
             "kl_per_dimension": kl_per_dimension(mean, log_var),
             "latent_means": mean,
@@ -52,16 +46,8 @@ def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str,
         for name, values in measured.items():
             sums[name] = sums.get(name, torch.zeros(())) + values.cpu().double().sum(dim=0)
         count += len(x)
-    model.train(was_training)
-    if not count:
-        raise ValueError("there are no images to evaluate on: at least one is needed")
-
     variances = sums.pop("latent_squares") / count - (sums.pop("latent_means") / count).square()
     metrics: dict[str, Any] = {name: (total / count).tolist() for name, total in sums.items()}
-    if loss.likelihood == "sigma":
-        # The one variance of the whole split, as the loss takes that of the batch.
-        whole = sigma_loss(sums["squared_error"] / count, x[0].numel())
-        metrics["reconstruction_loss"] = whole.item()
     metrics["kl"] = sum(metrics["kl_per_dimension"])
     metrics["total_loss"] = metrics["reconstruction_loss"] + loss.beta * metrics["kl"]
     metrics["active_units"] = int((variances > 0.01).sum())

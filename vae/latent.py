@@ -1,4 +1,4 @@
-"""Where a model's latents are, and ways through them: near a picture, between two, along one."""
+"""Where a model's latents are, and draws from there: of any picture, or near a given one."""
 
 import math
 from collections.abc import Iterable
@@ -46,19 +46,6 @@ def near(mean: Tensor, latents: MultivariateNormal, count: int, spread: float) -
     """
     kept, draws = math.sqrt(1 - spread**2), latents.sample((count,))
     return (1 - kept - spread) * latents.mean + kept * mean + spread * draws
-
-
-def spherical_steps(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """Return latent vectors on the arc from ``start`` to ``end``, both included, [steps, latent].
-
-    Both are [1, latent]. A straight line would pass closer to the origin than the prior ever draws
-    (White 2016, section 2.1).
-    """
-    share = torch.linspace(0, 1, steps, device=start.device)[:, None]
-    angle = torch.cosine_similarity(start, end).clamp(-1, 1).acos()
-    if angle.sin() < 1e-4:
-        return torch.lerp(start, end, share)
-    return (((1 - share) * angle).sin() * start + (share * angle).sin() * end) / angle.sin()
 
 
 def variation_per_dimension(model: VAE, latents: MultivariateNormal, draws: int = 256) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LIKELIHOODS = ("gaussian", "bernoulli", "sigma")
+LIKELIHOODS = ("gaussian", "bernoulli")
 
 
 class ELBOLoss(nn.Module):
@@ -19,10 +19,7 @@ class ELBOLoss(nn.Module):
     - ``"gaussian"``: the squared error summed over the image, as in the post: a Gaussian of
       variance 1/2 without its constants, so not comparable in nats;
     - ``"bernoulli"``: the binary cross-entropy summed over the image, in nats; no value counts for
-      more than 100;
-    - ``"sigma"``: a Gaussian whose one variance is the batch's mean squared error, its
-      maximum-likelihood value (Rybkin et al. 2021, section 3); constants included, in nats. No
-      beta has to be chosen: 1 is right.
+      more than 100.
 
     ``ValueError`` for a negative or non-finite beta or an unknown likelihood.
     """
@@ -68,20 +65,7 @@ class ELBOLoss(nn.Module):
             p = reconstruction.nan_to_num(0.5)
             entropy = F.binary_cross_entropy(p, original, reduction="none")
             return entropy.sum(dim=(1, 2, 3)).mean() + 0 * reconstruction.sum()
-        squared_error = torch.square(original - reconstruction).sum(dim=(1, 2, 3)).mean()
-        if self.likelihood == "gaussian":
-            return squared_error
-        return sigma_loss(squared_error, original[0].numel())
-
-
-def sigma_loss(squared_error: Tensor, pixels: int) -> Tensor:
-    """Return -log p(x | z) in nats per image of the Gaussian with the best one variance.
-
-    ``squared_error`` is the mean over the images of what an image's ``pixels`` values sum to.
-    """
-    # Below a variance of 1e-6 (a thousandth of the grey scale) the logarithm would run away.
-    variance = (squared_error / pixels).clamp(min=1e-6)
-    return 0.5 * (squared_error / variance + pixels * torch.log(2 * math.pi * variance))
+        return torch.square(original - reconstruction).sum(dim=(1, 2, 3)).mean()
 
 
 def kl_per_dimension(mean: Tensor, log_var: Tensor) -> Tensor:

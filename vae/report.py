@@ -24,7 +24,7 @@ from vae.vae import VAE
 Splits = tuple[InMemory, InMemory, InMemory]  # train, val and test
 
 LOOK_EVERY = 10  # epochs between two looks at the validation split
-COMPARED = ("squared_error", "squared_error_mean", "psnr", "kl", "active_units")
+COMPARED = ("squared_error", "squared_error_mean", "kl", "active_units")
 
 
 def opening(run: Run, model: VAE, splits: Splits, epoch: int) -> str:
@@ -63,15 +63,11 @@ def write_validation(
 
 def test_pairs(model: VAE, test: InMemory, count: int) -> Tensor:
     """Return a grid: odd rows test pictures, even rows their reconstructions, as in the post."""
-    originals = some(test, count).to(next(model.parameters()).device)
+    spread = slice(None, None, max(1, len(test) // count))
+    originals = test.images(spread)[:count].to(next(model.parameters()).device)
     reconstructions, _, _ = model(originals)
     rows = zip(originals.split(8), reconstructions.split(8), strict=True)
     return make_grid(torch.cat([row for pair in rows for row in pair]))
-
-
-def some(pictures: InMemory, count: int) -> Tensor:
-    """Return ``count`` images, evenly spread over all of them."""
-    return pictures.images(slice(None, None, max(1, len(pictures) // count)))[:count]
 
 
 @torch.no_grad()
@@ -145,7 +141,7 @@ def summary(metrics: dict[str, Any], folder: Path) -> str:
     better = pca["squared_error"] - test["squared_error"]
     return (
         f"Test pictures of {metrics['dataset']}: squared error {test['squared_error']:.1f} per "
-        f"image ({test['squared_error_mean']:.1f} through the mean, PSNR {test['psnr']:.1f} dB), "
+        f"image ({test['squared_error_mean']:.1f} through the mean), "
         f"KL {test['kl']:.1f} nats, {test['active_units']} active latent dimensions.\n"
         f"PCA with {pca['components']} components: {pca['squared_error']:.1f}; the model is "
         f"{abs(better):.1f} {'better' if better > 0 else 'worse'}.\n"

@@ -98,12 +98,6 @@ def test_a_folder_is_a_data_set(tmp_path, monkeypatch):
         assert val[0][0].shape == (3, 8, 8)
 
 
-def test_what_is_missing_is_not_downloaded_if_it_is_not_to_be(server, tmp_path):
-    with pytest.raises(UserError, match=f"flowers102 is not in {tmp_path}"):
-        find_dataset("flowers102", tmp_path, fetch=False)
-    assert server.asked_for == []
-
-
 @pytest.mark.parametrize("name", ["mnist", __file__])
 def test_another_name_is_refused_in_one_line_that_has_all_names(tmp_path, name):
     with pytest.raises(UserError, match=f"--dataset is {name}: a folder of pictures") as error:

@@ -9,18 +9,16 @@ from datasets.synthetic import SPLITS, SyntheticFlowers, _draw, _factors, flower
 
 def draw(split: str, side: int = 32, part: slice = slice(None)) -> np.ndarray:
     """Draw some pictures of a split, without the rest of it."""
-    factors = {name: values[part, None, None] for name, values in _factors(split).items()}
-    return _draw(factors, side, side)
-
-
-# Sizes and labels.
+    return _draw(_factors(split), side, part)
 
 
 @pytest.mark.parametrize(("split", "size"), [("train", 1020), ("val", 1020), ("test", 6149)])
 def test_a_split_has_the_size_and_labels_that_it_has_in_flowers102(split, size):
-    flowers = SyntheticFlowers(split=split, side=4)
+    flowers, labels = SyntheticFlowers(split=split, side=4), flower_labels(split)
     assert len(flowers) == size
-    assert [flowers[i][1] for i in range(size)] == flower_labels(split).tolist()
+    assert [flowers[i][1] for i in range(size)] == labels.tolist()
+    order = labels[np.flatnonzero(np.diff(labels, prepend=-1))]
+    assert order.tolist() == [*range(16), 20, *range(16, 20), *range(21, 102)]
 
 
 def test_the_102_species_have_as_many_pictures_as_in_flowers102():
@@ -28,17 +26,6 @@ def test_the_102_species_have_as_many_pictures_as_in_flowers102():
     assert train.tolist() == val.tolist() == [10] * 102
     assert (len(test), test.min(), test.max()) == (102, 20, 238)
     assert len(SyntheticFlowers.classes) == 102
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_species_stand_in_flowers102s_order(split):
-    labels = flower_labels(split)
-    assert labels.dtype == np.int64
-    order = labels[np.flatnonzero(np.diff(labels, prepend=-1))]
-    assert order.tolist() == [*range(16), 20, *range(16, 20), *range(21, 102)]
-
-
-# As a data set like torchvision's.
 
 
 def test_it_takes_what_torchvisions_classes_take(tmp_path):
@@ -52,23 +39,16 @@ def test_it_takes_what_torchvisions_classes_take(tmp_path):
 
 def test_in_memory_gives_the_same_pictures_and_keeps_them(cache_folder):
     for _ in range(2):
-        dataset = SyntheticFlowers("", "train", ToTensor(), side=8)
-        flowers = InMemory(dataset, progress=False)
+        flowers = InMemory(SyntheticFlowers("", "train", ToTensor(), side=8), progress=False)
         assert np.array_equal(flowers.pixels, draw("train", 8))
         assert flowers.labels == flower_labels("train").tolist()
     assert len(list(cache_folder.iterdir())) == 1
-
-
-# What a picture depends on.
 
 
 def test_no_two_backgrounds_are_alike_within_or_across_splits():
     pictures = np.concatenate([draw(split, 16, slice(200)) for split in SPLITS])
     edges = pictures[:, 0].reshape(len(pictures), -1)
     assert len(np.unique(edges, axis=0)) == 600
-
-
-# Pixels.
 
 
 @pytest.mark.parametrize(

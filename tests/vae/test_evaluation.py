@@ -61,13 +61,6 @@ def test_the_squared_errors_and_the_kl_are_means_over_the_images_not_over_the_ba
     assert metrics["kl"] == pytest.approx(expected.sum().item(), rel=1e-4)
 
 
-def test_psnr_is_the_mean_over_the_images_of_the_ratio_in_decibels(model, images):
-    metrics = evaluate(model, images.split(4), ELBOLoss(1))
-    errors = (images - model.reconstruct(images)).detach().double().square().mean(dim=(1, 2, 3))
-    expected = sum(10 * math.log10(1 / error) for error in errors.tolist()) / 11
-    assert metrics["psnr"] == pytest.approx(expected, rel=1e-5)
-
-
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_the_losses_are_those_of_the_loss_itself_over_the_whole_split(model, images, likelihood):
     loss = ELBOLoss(0.3, likelihood)
@@ -85,27 +78,6 @@ def test_active_units_are_the_dimensions_whose_mean_varies_over_the_data(model, 
         model.encoder.fcm.weight[1] = 0
         model.encoder.fcm.weight[3] *= 1e-4
     assert evaluate(model, images.split(4), ELBOLoss(1))["active_units"] == 2
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_in_its_mode(model, images, training):
-    model.train(training)
-    evaluate(model, [images], ELBOLoss(1))
-    assert {module.training for module in model.modules()} == {training}
-
-
-def test_batch_norm_is_evaluated_with_its_running_statistics_and_leaves_them_alone(images):
-    model = VAE((8, 8), 4, 3, batch_norm=True)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    together = evaluate(model, [images], ELBOLoss(1))
-    apart = evaluate(model, images.split(1), ELBOLoss(1))
-    assert together["squared_error_mean"] == pytest.approx(apart["squared_error_mean"], rel=1e-5)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_no_images_are_refused(model):
-    with pytest.raises(ValueError, match="no images to evaluate on: at least one"):
-        evaluate(model, [], ELBOLoss(1))
 
 
 # PCA and evaluate_pca().

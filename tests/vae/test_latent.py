@@ -6,7 +6,7 @@ import torch
 from helpers import seeded
 from torch.distributions import MultivariateNormal
 
-from vae.latent import fit_latents, near, prior, spherical_steps, variation_per_dimension
+from vae.latent import fit_latents, near, prior, variation_per_dimension
 from vae.vae import VAE
 
 MEAN = torch.tensor([[3.0, -2.0]])
@@ -82,23 +82,6 @@ def test_in_between_mean_and_covariance_are_as_documented(spread):
 
 
 # From one picture to another.
-
-
-def test_spherical_steps_keep_the_distance_from_the_origin():
-    start, end = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 2.0]])
-    z = spherical_steps(start, end, 5)
-    assert torch.allclose(z[[0, -1]], torch.cat((start, end)), atol=1e-6)
-    assert torch.allclose(z.norm(dim=1), torch.full((5,), 2.0))
-    angles = torch.acos(torch.cosine_similarity(z[1:], z[:-1]))
-    assert torch.allclose(angles, torch.full((4,), math.pi / 8), atol=1e-3)
-
-
-@pytest.mark.parametrize("factor", [1.0, 0.5, -1.0, 0.0])
-def test_spherical_steps_between_vectors_on_one_line_are_finite(factor):
-    start = torch.tensor([[1.0, 2.0]])
-    z = spherical_steps(start, factor * start, 4)
-    assert torch.allclose(z[[0, -1]], torch.cat((start, factor * start)), atol=1e-6)
-    assert z.isfinite().all()
 
 
 # Along one dimension.

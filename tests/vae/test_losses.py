@@ -54,25 +54,6 @@ def test_bernoulli_is_the_negative_log_likelihood_of_bernoulli_pixels():
     torch.testing.assert_close(loss, expected)
 
 
-def test_sigma_is_a_normal_with_the_maximum_likelihood_variance():
-    x, reconstruction = images(0), images(1)
-    loss = ELBOLoss(1, "sigma").reconstruction_loss(x, reconstruction)
-    deviation = torch.square(x - reconstruction).mean().sqrt()
-    expected = -Independent(Normal(reconstruction, deviation), 3).log_prob(x).mean()
-    torch.testing.assert_close(loss, expected)
-    for other in (0.9 * deviation, 1.1 * deviation):
-        assert loss < -Independent(Normal(reconstruction, other), 3).log_prob(x).mean()
-
-
-def test_sigma_stays_finite_where_a_reconstruction_is_perfect():
-    x = images(0, SHAPE).float()
-    reconstruction = x.clone().requires_grad_()
-    loss = ELBOLoss(1, "sigma").reconstruction_loss(x, reconstruction)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.5 * PIXELS * math.log(2 * math.pi * 1e-6))
-    assert reconstruction.grad.isfinite().all()
-
-
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_bernoulli_stays_finite_for_outputs_of_exactly_0_and_1(value):
     x = images(0).float()
@@ -103,7 +84,7 @@ def test_a_beta_below_0_or_not_finite_is_refused(beta):
 
 
 def test_an_unknown_likelihood_is_refused():
-    with pytest.raises(ValueError, match="'poisson': one of gaussian, bernoulli, sigma"):
+    with pytest.raises(ValueError, match="'poisson': one of gaussian, bernoulli"):
         ELBOLoss(1, "poisson")
 
 
