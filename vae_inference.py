@@ -44,13 +44,13 @@ class Settings:
     device: str = "auto"  # cpu, cuda, mps ...; auto: an accelerator, if there is one
 
 
+Names = Sequence[str]
 FROM = "where the training pictures' latents are, or N(0, I)"
 Pictures = Annotated[tuple[Path, ...], arg(metavar="PICTURE ...")]
 Count = Annotated[int, arg(help="new flowers, near each picture if any is given")]
 Spread = Annotated[float, arg(help="0: the reconstruction; 1: any flower")]
 Source = Annotated[Literal["data", "prior"], arg(name="from", help=FROM)]
 Steps = Annotated[int, arg(help="pictures in a row, both ends included")]
-Rows = Sequence[tuple[str, float]]  # names of a grid's rows, and their marks' places, in columns
 
 
 def similar(settings: Settings, pictures: Pictures, count: Count = 8, spread: Spread = 0.3) -> None:
@@ -98,8 +98,7 @@ def traverse(settings: Settings, picture: Path, steps: Steps = 7) -> None:
         shares, order = variation_per_dimension(model, latents).sort(descending=True)
         for row, (share, i) in enumerate(zip(shares.tolist(), order.tolist(), strict=True)):
             z[row, 1:, i] = latents.mean[i] + moves * latents.stddev[i]
-            mark = 1.5 + (min(max(places[i], -3), 3) + 3) / 6 * (steps - 1)
-            rows.append((f"z{i} ({share:.0%})\nis {places[i]:.2f} sd", mark))
+            rows.append(f"z{i} ({share:.0%})\nis {places[i]:.2f} sd")
         captions = ["reconstruction", *(f"{move:.3g} sd" for move in moves.tolist())]
         draw_grid(file, model.decoder(z.flatten(0, 1)), 1 + steps, captions, rows)
 
@@ -174,6 +173,7 @@ def as_in_training(config: dict[str, Any], crop: bool) -> Compose:
     """Return what makes the model's input, [channels, height, width] in [0, 1], of a picture."""
     size = tuple(config["image_resolution"])
     grey = [Grayscale()] if config["image_channels"] == 1 else []
+    crop = crop or config.get("crop", False)
     resize = [Resize(max(size)), CenterCrop(size)] if crop else [Resize(size)]
     return Compose([*grey, *resize, ToTensor()])
 
@@ -201,9 +201,9 @@ def layers_of_page(decoder: Any, z: Tensor) -> list[nn.Module]:
 
 
 def draw_grid(
-    file: BinaryIO, images: Tensor, columns: int, captions: Sequence[str] = (), rows: Rows = ()
+    file: BinaryIO, images: Tensor, columns: int, captions: Names = (), rows: Names = ()
 ) -> None:
-    """Write images, [n, 1 or 3, height, width] in [0, 1], to a PNG file, row by row with captions.
+    """Write images, [n, 1 or 3, height, width] in [0, 1], to a PNG file, in named columns and rows.
 
     All are enlarged smoothly: as blocks, few pixels hardly make a flower.
     """
@@ -216,10 +216,8 @@ def draw_grid(
     height, width = (size + 4 for size in large.shape[-2:])
     for column, caption in enumerate(captions):
         draw.text((left + (column + 0.5) * width, 2), caption, "black", font, anchor="ma")
-    for row, (name, mark) in enumerate(rows):
+    for row, name in enumerate(rows):
         draw.text((4, top + (row + 0.5) * height), name, "black", font, anchor="lm")
-        x, y = left + mark * width + 2, top + (row + 1) * height
-        draw.polygon([(x, y - 12), (x - 8, y + 3), (x + 8, y + 3)], "#c2407e", "white")
     signature = PngImagePlugin.PngInfo()
     signature.add_text("Software", SIGNATURE)
     canvas.save(file, "PNG", pnginfo=signature)

@@ -11,19 +11,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.contrib.concurrent import thread_map
 
-SPLITS = ("train", "val", "test")
+SPLITS = {"train": 1020, "val": 1020, "test": 6149}  # pictures, as many as in Flowers102
 _SEED = 102
 
 # fmt: off
-# Pictures of each species in the test split of Flowers102; train and val have ten of each.
-_TEST_COUNTS = (
-    20, 40, 20, 36, 45, 25, 20, 65, 26, 25, 67, 67, 29, 28, 29, 21, 65, 62, 29, 36, 20, 39, 71, 22,
-    21, 21, 20, 46, 58, 65, 32, 25, 26, 20, 23, 55, 88, 36, 21, 47, 107, 39, 110, 73, 20, 176, 47,
-    51, 29, 72, 238, 65, 73, 41, 51, 89, 47, 94, 47, 89, 30, 35, 34, 32, 82, 41, 22, 34, 34, 42, 58,
-    76, 174, 151, 100, 87, 231, 117, 21, 85, 146, 92, 111, 66, 43, 38, 43, 134, 164, 62, 56, 46, 26,
-    142, 108, 71, 46, 62, 43, 29, 38, 28,
-)
-
 # Colours are percentages of red, green and blue. Those of the petals lie on a circle.
 _PETALS = np.array([
     (99, 98, 96), (99, 93, 66), (100, 86, 10), (100, 58, 5), (99, 52, 40),  # white ... salmon
@@ -38,15 +29,8 @@ _BACKGROUNDS = np.array([  # the dark and the light shade of foliage, shade, soi
 # fmt: on
 
 
-def flower_labels(split: str) -> np.ndarray:
-    """Return the species of each picture, [n] int64 in 0..101: Flowers102's labels in its order."""
-    # Flowers102 files species 20 between 15 and 16; all others stand in ascending order.
-    order = np.array([*range(16), 20, *range(16, 20), *range(21, 102)], dtype=np.int64)
-    return np.repeat(order, np.array(_TEST_COUNTS)[order] if split == "test" else 10)
-
-
 class SyntheticFlowers(Dataset):
-    """Flowers of 102 invented species; splits have the sizes and labels of Flowers102.
+    """Flowers of 102 invented species, in splits of the sizes that Flowers102 has.
 
     The parameters are torchvision's, of which ``root`` and ``download`` mean nothing here. The
     pictures, ``side`` x ``side`` pixels each, are drawn when the first one is asked for.
@@ -63,7 +47,7 @@ class SyntheticFlowers(Dataset):
         side: int = 32,
     ) -> None:
         self._split, self.transform, self.side = split, transform, side
-        self._labels = flower_labels(split).tolist()
+        self._labels = [number % 102 for number in range(SPLITS[split])]
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -77,7 +61,7 @@ class SyntheticFlowers(Dataset):
     @cached_property
     def _pictures(self) -> np.ndarray:
         """Draw the split, [n, side, side, 3] uint8 (sRGB), in threads."""
-        draw = partial(_draw, _factors(self._split), self.side)
+        draw = partial(_draw, _factors(self._split, self._labels), self.side)
         step = max(1, 2**14 // self.side**2)  # arrays of this size stay in the processor's cache
         parts = [slice(start, start + step) for start in range(0, len(self), step)]
         return np.concatenate(thread_map(draw, parts, disable=None, leave=False, desc="Drawing"))
@@ -106,7 +90,6 @@ def _species() -> dict[str, np.ndarray]:
         "throat": np.maximum(some(0.6, 0.2, 0.5), 0.05),  # radius
         "stripe": some(0.3, 0.4, 0.9),  # strength
         "disc": np.where(few, rng.uniform(0.08, 0.17, n), rng.uniform(0.18, 0.38, n)),  # radius
-        "stamens": some(0.6, 0.25, 0.4) * few,  # radius of their ring; 0: none
         "petal_colour": petal_colour,  # places on the circle of colours
         "tip_colour": petal_colour + rng.integers(-1, 2, n),
         "throat_colour": rng.choice([0, 2, 6, 10], n),
@@ -114,16 +97,13 @@ def _species() -> dict[str, np.ndarray]:
     }
 
 
-def _factors(split: str) -> dict[str, np.ndarray]:
+def _factors(split: str, labels: list[int]) -> dict[str, np.ndarray]:
     """Draw what makes up each picture: numbers [n], colours [3, n], leaves [16, 7, n].
 
     Points and directions are complex numbers, x + iy, to the right and down.
     """
-    labels = flower_labels(split)
     n = len(labels)
-    seed = (_SEED, 1 + SPLITS.index(split))  # from 1, because trailing zeros change nothing
-    rng = np.random.default_rng(seed)
-    own_rngs = [np.random.default_rng((*seed, 1 + number)) for number in range(n)]
+    rng = np.random.default_rng((_SEED, 1 + [*SPLITS].index(split)))
     f = {name: values[labels] for name, values in _species().items()}
     f |= {
         # Towards where the flower nods, as long as the sine of the angle; and to the light.
@@ -136,7 +116,7 @@ def _factors(split: str) -> dict[str, np.ndarray]:
         "hue": rng.uniform(-0.5, 0.5, n),  # steps of the petals' colours around their circle
         "shades": _BACKGROUNDS[rng.choice(5, n, p=[0.35, 0.2, 0.15, 0.1, 0.2])].transpose(1, 2, 0),
         "background_light": rng.random(n),  # from the dark shade, 0, to the light one, 1
-        "leaves": np.stack([own.random((16, 7), dtype=np.float32) for own in own_rngs], axis=2),
+        "leaves": rng.random((16, 7, n)),
         "disc_colour": _DISCS[f["disc_colour"]].T,
     }
     for name in ("petal_colour", "tip_colour", "throat_colour"):
@@ -210,19 +190,14 @@ def _petals(picture: np.ndarray, f: SimpleNamespace) -> np.ndarray:
 
 
 def _centre(picture: np.ndarray, f: SimpleNamespace) -> np.ndarray:
-    """Lay the disc with its seeds and the anthers of the stamens over the picture."""
+    """Lay the disc with its seeds over the picture."""
     r, angle = np.abs(f.place), np.angle(f.place)
     near = np.minimum(r / f.disc, 2)
     seeds = near * np.sin(6 * angle + 5 * near) * np.sin(6 * angle - 5 * near)
     lit = (f.place * f.light.conj()).real / f.disc
     colour = f.disc_colour * (1.1 - 0.5 * near**2 + 0.25 * seeds + 0.3 * lit)
     picture = _darken(picture, 0.5 * np.clip(2.2 - 1.2 * near, 0, 1))
-    picture = _mix(picture, colour, np.clip(0.5 + (f.disc - r) / f.pixel, 0, 1))
-    sector = np.pi / f.petals  # two anthers for each petal
-    apart = np.mod(angle - f.rotation + sector / 2, sector) - sector / 2
-    distance = 0.05 - np.abs(r * np.exp(1j * apart) - f.stamens)
-    coverage = np.clip(0.5 + distance / f.pixel, 0, 1)
-    return _mix(picture, f.disc_colour, coverage * (f.stamens > 0))
+    return _mix(picture, colour, np.clip(0.5 + (f.disc - r) / f.pixel, 0, 1))
 
 
 def _mix(one: np.ndarray, other: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -55,33 +55,23 @@ def draw_picture(index: int) -> Image.Image:
     return rough.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
-def write_flowers(folder: Path, sizes: dict[str, int] = SIZES) -> dict[str, tuple[str, str]]:
-    """Write the three files of a small Flowers102, and return them as torchvision lists them."""
-    count = sum(sizes.values())
-    (folder / "jpg").mkdir(parents=True)
+@pytest.fixture(scope="session")
+def flowers_files(tmp_path_factory) -> tuple[Path, dict[str, tuple[str, str]]]:
+    """A folder with the files of a small Flowers102, and torchvision's list of them."""
+    folder, count = tmp_path_factory.mktemp("flowers"), sum(SIZES.values())
+    (folder / "jpg").mkdir()
     for number in range(1, count + 1):
         draw_picture(number).save(folder / "jpg" / f"image_{number:05d}.jpg", quality=90)
     with tarfile.open(folder / "102flowers.tgz", "w:gz") as archive:
         archive.add(folder / "jpg", "jpg")
-    shutil.rmtree(folder / "jpg")
     # Shuffled, as the real one's are: an error of order must show.
     numbers = np.random.default_rng(0).permutation(np.arange(1, count + 1))
-    train, val, test = np.split(numbers, np.cumsum(list(sizes.values()))[:-1])
+    train, val, test = np.split(numbers, np.cumsum(list(SIZES.values()))[:-1])
     savemat(folder / "setid.mat", {"trnid": train, "valid": val, "tstid": test})
     savemat(folder / "imagelabels.mat", {"labels": 1 + np.arange(count) % 102})
     names = {"image": "102flowers.tgz", "label": "imagelabels.mat", "setid": "setid.mat"}
-    return {part: (name, md5_of(folder / name)) for part, name in names.items()}
-
-
-def md5_of(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture(scope="session")
-def flowers_files(tmp_path_factory) -> tuple[Path, dict[str, tuple[str, str]]]:
-    """A folder with the files of the small Flowers102, and torchvision's list of them."""
-    folder = tmp_path_factory.mktemp("flowers")
-    return folder, write_flowers(folder)
+    md5 = {part: hashlib.md5((folder / name).read_bytes()) for part, name in names.items()}
+    return folder, {part: (name, md5[part].hexdigest()) for part, name in names.items()}
 
 
 @pytest.fixture
@@ -96,12 +86,7 @@ def flowers(flowers_files, monkeypatch) -> Path:
 def data_root(flowers, tmp_path) -> Path:
     """A data root in which the small Flowers102 is already unpacked."""
     folder = tmp_path / "data" / "flowers-102"
-    folder.mkdir(parents=True)
-    for name in ("imagelabels.mat", "setid.mat"):
-        shutil.copy(flowers / name, folder)
-    with tarfile.open(flowers / "102flowers.tgz") as archive:
-        archive.extractall(folder, filter="data")
-    return folder.parent
+    return shutil.copytree(flowers, folder, ignore=shutil.ignore_patterns("*.tgz")).parent
 
 
 class FlowersHandler(SimpleHTTPRequestHandler):
@@ -112,6 +97,12 @@ class FlowersHandler(SimpleHTTPRequestHandler):
         self.server.asked_for.append(name)
         fault = self.server.faults.get(name)
         super().do_GET() if fault is None else fault(self)
+
+    def answer(self, content: bytes, promised: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(promised))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -140,19 +131,12 @@ class FlowersServer(ThreadingHTTPServer):
     def cut_off(handler: FlowersHandler) -> None:
         """Promise the file and hang up halfway."""
         content = Path(handler.translate_path(handler.path)).read_bytes()
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content[: len(content) // 2])
+        handler.answer(content[: len(content) // 2], len(content))
 
     @staticmethod
     def garble(handler: FlowersHandler) -> None:
         """Send other bytes than the file's."""
-        content = b"no flowers today"
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
+        handler.answer(b"no flowers today", 16)
 
     @staticmethod
     def fail(handler: FlowersHandler) -> None:

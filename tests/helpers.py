@@ -1,8 +1,8 @@
 """What the tests of training share: small runs, signals in the middle, and two runs compared."""
 
 import json
-import os
 import pkgutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,15 +22,11 @@ ROOT = Path(__file__).parents[1]
 LOSSES = ("KL Loss", "Reconstruction Loss", "Total Loss")
 # With 20 training pictures, an epoch has three steps, the last one on 4 pictures.
 SMALL = {
-    "dataset": "small",
-    "image_size": 8,
-    "latent_size": 2,
-    "batch_size": 8,
-    "epochs": 3,
-    "device": "cpu",
+    **{"dataset": "small", "image_size": 8, "latent_size": 2},
+    **{"batch_size": 8, "epochs": 3, "device": "cpu"},
 }
 EVERYTHING = {
-    **{"batch_norm": True, "augment": True, "likelihood": "sigma"},
+    **{"batch_norm": True, "augment": True, "likelihood": "bernoulli"},
     **{"beta_schedule": "linear", "warmup_epochs": 2, "lr_schedule": "cosine"},
 }
 
@@ -59,7 +55,7 @@ def interruption(*signals: int, at: str = STEP, call: int = 1) -> Iterator[None]
         nonlocal calls
         calls += 1
         for number in signals if calls == call else ():
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return function(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -73,15 +69,11 @@ def read_events(folder: Path) -> dict[str, dict[str, Any]]:
     for run in sorted({path.parent for path in folder.rglob("events.out.tfevents.*")}):
         size = {SCALARS: 0, IMAGES: 0}
         reader = EventAccumulator(str(run), size, purge_orphaned_data=False).Reload()
-        scalars = {
-            tag: [(event.step, event.value) for event in reader.Scalars(tag)]
-            for tag in reader.Tags()[SCALARS]
-        }
-        images = {
-            tag: [(event.step, event.encoded_image_string) for event in reader.Images(tag)]
-            for tag in reader.Tags()[IMAGES]
-        }
-        events[str(run.relative_to(folder))] = scalars | images
+        tags = events.setdefault(str(run.relative_to(folder)), {})
+        for tag in reader.Tags()[SCALARS]:
+            tags[tag] = [(event.step, event.value) for event in reader.Scalars(tag)]
+        for tag in reader.Tags()[IMAGES]:
+            tags[tag] = [(event.step, event.encoded_image_string) for event in reader.Images(tag)]
     return events
 
 

@@ -8,31 +8,18 @@ from vae_training import main
 
 REFUSED = {
     "--epochs 0": "--epochs is 0: 1 or more is needed",
-    "--epochs many": "Error parsing --epochs: invalid literal for int() with base 10: 'many'",
-    "--epochs": "Missing value for argument '--epochs'",
-    "--image-size 0": "--image-size is 0: a multiple of 8 is needed",
     "--image-size 30": "--image-size is 30: a multiple of 8 is needed",
-    "--image-size -8": "--image-size is -8: a multiple of 8 is needed",
-    "--latent-size 0": "--latent-size is 0: 1 or more is needed",
     "--batch-size -1": "--batch-size is -1: 1 or more is needed",
-    "--checkpoint-every 0": "--checkpoint-every is 0: 1 or more is needed",
     "--warmup-epochs -1": "--warmup-epochs is -1: 0 or more is needed",
-    "--cycles 0": "--cycles is 0: 1 or more is needed",
-    "--beta -1": "--beta is -1.0: 0 or more is needed",
     "--beta nan": "--beta is nan: 0 or more is needed",
     "--learning-rate inf": "--learning-rate is inf: 0 or more is needed",
-    "--seed -1": "--seed is -1: 0 or more is needed",
-    "--seed 4294967296": "--seed is 4294967296: at most 4294967295 is needed",
+    "--seed 4294967296": "--seed is 4294967296: less than 4294967296 is needed",
     "--beta-schedule steep": "invalid choice 'steep' for argument '--beta-schedule'",
-    "--lr-schedule step": "invalid choice 'step' for argument '--lr-schedule'",
-    "--likelihood laplace": "Expected one of ('gaussian', 'bernoulli', 'sigma')",
-    "--preset worst": "Expected one of ('post', 'best')",
-    "--device abacus": "error: device abacus is not available here: ",
+    "--likelihood laplace": "Expected one of ('gaussian', 'bernoulli')",
     "--device cuda:99": "error: device cuda:99 is not available here: ",
     "--dataset mnist": "a folder of pictures, auto or one of flowers102, dtd, synthetic",
     "--resume nowhere": "error: nowhere/checkpoint.pt is not a file: a checkpoint.pt of a run is ",
-    "--epoch 3": "Unrecognized options: --epoch, 3",
-    "--what": "Unrecognized options: --what",
+    "--epoch 3": "Perhaps you meant: --epochs INT",
     "flowers": "Unrecognized options: flowers",
 }
 
@@ -43,15 +30,9 @@ def test_what_cannot_be_is_refused_before_anything_is_made(arguments, message, t
         main(["--dataset=small", f"--log-dir={tmp_path}", *shlex.split(arguments)])
     error = " ".join(capsys.readouterr().err.split())  # tyro breaks its lines
     assert stopped.value.code == 2
-    assert message.strip() in error
+    assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
-
-
-def test_a_mistyped_option_is_answered_by_those_that_are_like_it(capsys):
-    with pytest.raises(SystemExit):
-        main(["--epoch", "3"])
-    assert "Perhaps you meant: --epochs INT" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_file_in_the_place_of_the_runs_folder_is_named_in_one_line(tmp_path, capsys):

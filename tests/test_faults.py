@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,14 +17,12 @@ import pytest
 import torch
 from conftest import SmallPictures
 from helpers import SMALL, assert_same_run
-from torchvision.transforms import ToTensor
 
 from datasets import DATASETS, preprocessing
-from datasets.preprocessing import InMemory
 from vae.run import load_model
 from vae_training import main
 
-EPOCHS = 12
+EPOCHS = 8
 
 
 class ManyPictures(SmallPictures):
@@ -74,10 +73,11 @@ def run(folder: Path, resume=False, epochs=EPOCHS, file_size=None, kill_at=None,
 
 @pytest.fixture(scope="module")
 def processes():
-    # A server that has imported PyTorch once: each run starts in milliseconds, with threads of
-    # its own, and can be killed like any other process.
+    # A server that has imported PyTorch once: each run starts in milliseconds, and can be killed.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vae_training", "tests.conftest", "tests.helpers"])
+    context.set_forkserver_preload(
+        ["vae_training", "tests.conftest", "tests.helpers", "torch._dynamo"]
+    )
     return context
 
 
@@ -95,12 +95,19 @@ def end(processes):
 
 
 @pytest.fixture(scope="module")
-def reference(end, tmp_path_factory) -> tuple[Path, float]:
+def begun(end, tmp_path_factory) -> Path:
+    """The folder of a run of three epochs, to go on with."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    assert end(run, folder, epochs=3) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(end, begun, tmp_path_factory) -> tuple[Path, float]:
     """The folder of a run that nothing stopped, and how long it took."""
-    for name in ("warm", "timed"):
-        folder = tmp_path_factory.mktemp(name) / "run"
-        started = time.perf_counter()
-        assert end(run, folder) == 0
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    started = time.perf_counter()
+    assert end(run, folder) == 0
     return folder, time.perf_counter() - started
 
 
@@ -113,22 +120,20 @@ def goes_on(folder: Path, end) -> None:
 
 
 @pytest.mark.kill
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     seed, processes, end, reference, tmp_path
 ):
     expected, duration = reference
-    moment = random.Random(seed).uniform(0.05, 1.0) * duration
-    for attempt in range(10):
-        folder = tmp_path / str(attempt)
-        process = processes.Process(target=run, args=(folder,))
-        process.start()
-        time.sleep(moment)
-        process.kill()
-        process.join()
-        if process.exitcode == -signal.SIGKILL:
-            break
-        moment /= 2  # The run had ended already.
+    moment = random.Random(seed).uniform(0.05, 0.6) * duration
+    folder = tmp_path / "run"
+    process = processes.Process(target=run, args=(folder,))
+    process.start()
+    time.sleep(moment)
+    process.kill()
+    process.join()
+    if process.exitcode == 0:
+        pytest.skip("it had ended already")
     assert process.exitcode == -signal.SIGKILL
     goes_on(folder, end)
     assert_same_run(folder, expected)
@@ -136,11 +141,8 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
 
 @pytest.mark.parametrize(
     "kill_at",
-    [
-        *(("checkpoint.pt", epoch) for epoch in (1, 5, EPOCHS)),
-        *(("metrics.json", 1), ("samples.png", 1)),
-        ("checkpoint.pt", EPOCHS + 1),  # with the fitted latents
-    ],
+    # The first checkpoint, one in the middle, the one with the fitted latents.
+    [*(("checkpoint.pt", epoch) for epoch in (1, 5, EPOCHS + 1)), ("metrics.json", 1)],
 )
 def test_a_run_killed_while_it_writes_a_file_ends_as_if_it_had_not_been(
     kill_at, end, reference, tmp_path
@@ -151,10 +153,11 @@ def test_a_run_killed_while_it_writes_a_file_ends_as_if_it_had_not_been(
     assert_same_run(folder, reference[0])
 
 
-@pytest.mark.parametrize("file_size", [0, 1000, 100_000])
-def test_a_full_disk_is_one_line_and_loses_nothing(file_size, processes, end, reference, tmp_path):
-    folder = tmp_path / "run"
-    assert end(run, folder, epochs=3) == 0
+@pytest.mark.parametrize("file_size", [0, 100_000])
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    file_size, processes, end, begun, reference, tmp_path
+):
+    folder = shutil.copytree(begun, tmp_path / "run")
     before = (folder / "checkpoint.pt").read_bytes()
     receiver, said = processes.Pipe(duplex=False)
     assert end(run, folder, True, file_size=file_size, said=said) == 1
@@ -167,17 +170,3 @@ def test_a_full_disk_is_one_line_and_loses_nothing(file_size, processes, end, re
     ours, others = (load_model(each / "checkpoint.pt")[0] for each in (folder, reference[0]))
     for name, weight in ours.state_dict().items():
         assert torch.equal(weight, others.state_dict()[name]), name
-
-
-def keep_more_than_fits(folder: Path) -> None:
-    prepare(folder)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors):
-        assert len(InMemory(SmallPictures(transform=ToTensor()), progress=False)) == 20
-    assert "warning: pictures are not kept for the next run: " in errors.getvalue()
-    assert not list(preprocessing.CACHE_FOLDER.iterdir())
-
-
-def test_a_full_disk_keeps_no_half_of_the_pictures(end, tmp_path):
-    assert end(keep_more_than_fits, tmp_path / "run") == 0

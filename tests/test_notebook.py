@@ -8,23 +8,11 @@ import pytest
 from nbclient import NotebookClient
 
 PATH = Path(__file__).parents[1] / "experiments.ipynb"
-FIGURES = 8
 
 
 @pytest.fixture
 def notebook() -> nbformat.NotebookNode:
     return nbformat.read(PATH, as_version=4)
-
-
-@pytest.fixture(scope="module")
-def run_again() -> nbformat.NotebookNode:
-    """The same cells, run now with a tenth of the training."""
-    notebook = nbformat.read(PATH, as_version=4)
-    first = code_cells(notebook)[0]
-    assert "EPOCHS = 100" in first.source
-    first.source = first.source.replace("EPOCHS = 100", "EPOCHS = 10").replace("= 30", "= 2")
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": PATH.parent}}).execute()
-    return notebook
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -39,49 +27,21 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     return "".join(each.text for each in outputs(notebook) if each.output_type == "stream")
 
 
-def assert_ran_in_order_without_errors_or_warnings(notebook: nbformat.NotebookNode) -> None:
-    cells = code_cells(notebook)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+def number(pattern: str, text: str) -> float:
+    return float(re.search(pattern.replace("#", r"(\d+\.\d+)"), text)[1])
+
+
+def assert_ran_once_in_order_without_errors_or_warnings(notebook: nbformat.NotebookNode) -> None:
+    # TensorBoard's cell is for a browser: it would leave a server behind.
+    cells = [cell for cell in code_cells(notebook) if "%tensorboard" not in cell.source]
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
     assert not [each for each in outputs(notebook) if each.output_type == "error"]
     assert not [each for each in outputs(notebook) if each.get("name") == "stderr"]
 
 
-def assert_every_figure_has_an_alternative_text(notebook: nbformat.NotebookNode) -> None:
-    figures = [each for each in outputs(notebook) if "image/png" in each.get("data", {})]
-    assert len(figures) == FIGURES
-    # For nbconvert and for what shows text only; each figure has a text of its own.
-    texts = [each.metadata["image/png"]["alt"] for each in figures]
-    assert texts == [each.data["text/plain"] for each in figures]
-    assert min(map(len, texts)) > 60
-    assert len(set(texts)) == FIGURES
-
-
-def assert_by_hand_equals_elbo_loss_and_beta_matters(notebook: nbformat.NotebookNode) -> None:
-    lines = re.findall(
-        r"^ *(\S+) +(by hand|ELBOLoss) *(\S+) +(\S+) +(\S+)$", printed(notebook), re.M
-    )
-    by_hand, by_loss = (
-        {float(beta): [*map(float, numbers)] for beta, name, *numbers in lines if name == which}
-        for which in ("by hand", "ELBOLoss")
-    )
-    assert list(by_hand) == list(by_loss) == [0.1, 1, 10]
-    for beta, (kl, error, total) in by_hand.items():
-        assert by_loss[beta] == pytest.approx([kl, error, total], abs=0.02)
-        assert total == pytest.approx(error + beta * kl, abs=0.1)
-    assert kl > 10
-    assert by_hand[10][2] > 2 * by_hand[0.1][2]
-
-
 def test_the_committed_outputs_are_of_synthetic_flowers(notebook):
     assert 'DATASET = "synthetic"' in code_cells(notebook)[0].source
-
-
-def test_the_committed_notebook_was_run_once_in_order_without_errors_or_warnings(notebook):
-    assert_ran_in_order_without_errors_or_warnings(notebook)
-
-
-def test_every_committed_figure_has_an_alternative_text(notebook):
-    assert_every_figure_has_an_alternative_text(notebook)
+    assert_ran_once_in_order_without_errors_or_warnings(notebook)
 
 
 def test_the_committed_notebook_is_small_and_names_no_machine(notebook):
@@ -89,33 +49,24 @@ def test_the_committed_notebook_is_small_and_names_no_machine(notebook):
     assert not re.search(r"/(home|root|work|tmp|Users)/", PATH.read_text(encoding="utf-8"))
 
 
-def test_every_chart_has_labelled_axes(notebook):
-    charts = [cell.source for cell in code_cells(notebook) if "plt.subplots" in cell.source]
-    assert len(charts) == 2
-    for source in charts:
-        assert re.search(r"axis\.set\(.*xlabel=\"\w.*ylabel=\"\w", source)
+def test_the_loss_by_hand_is_elbo_losss(notebook):
+    by_hand, by_loss = re.findall(r"^(?:by hand|ELBOLoss): *(.*)$", printed(notebook), re.M)
+    assert by_hand == by_loss
 
 
-def test_by_hand_equals_elbo_loss_in_the_committed_notebook(notebook):
-    assert_by_hand_equals_elbo_loss_and_beta_matters(notebook)
-
-
-def test_in_the_committed_notebook_the_better_setting_is_better(notebook):
+def test_in_the_committed_notebook_what_the_texts_call_better_is_better(notebook):
     text = printed(notebook)
-    names = "the post's setting", "PCA, 10 components", "the better setting"
-    post, pca, better = (float(re.search(rf"^{name} +(\S+)", text, re.M)[1]) for name in names)
-    assert better < pca < post
-    names = "prior", "fitted", "reconstructions"
-    prior, fitted, rebuilt = (
-        float(re.search(rf"^  {name} +(\S+)", text, re.M)[1]) for name in names
-    )
-    assert rebuilt < fitted < prior
-    assert int(re.search(r"The shares overlap: their sum is (\d+)%", text)[1]) > 100
+    assert number("# one layer more", text) < number("# the post's layers", text)
+    assert number("# the better", text) < number("# PCA", text) < number("# the post's", text)
+    assert number("distance, fitted: #", text) < number("distance, prior: #", text)
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_top_to_bottom(run_again):
-    assert_ran_in_order_without_errors_or_warnings(run_again)
-    assert_every_figure_has_an_alternative_text(run_again)
-    assert_by_hand_equals_elbo_loss_and_beta_matters(run_again)
-    assert "65,831 parameters in all" in printed(run_again)
+def test_the_notebook_runs_from_top_to_bottom(notebook):
+    first = code_cells(notebook)[0]
+    first.source, changed = re.subn(r"EPOCHS = \d+", "EPOCHS = 2", first.source)
+    assert changed == 2
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": PATH.parent}}).execute()
+    assert_ran_once_in_order_without_errors_or_warnings(notebook)
+    sliders = outputs(notebook)[-1].data
+    assert "image/png" in sliders and "application/vnd.jupyter.widget-view+json" in sliders

@@ -4,7 +4,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,8 +31,7 @@ from helpers import (
     write_photograph,
 )
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datasets import DATASETS
 from datasets.preprocessing import augment
@@ -128,40 +126,6 @@ def test_training_is_the_posts_loop(whole_runs, splits, changes):
         assert torch.allclose(weight, own, rtol=1e-3, atol=2e-3 if changes else 1e-5), name
 
 
-def test_every_epoch_shows_each_picture_once_in_an_order_of_its_own(splits, tmp_path, monkeypatch):
-    seen, forward = [], ELBOLoss.forward
-
-    def watch(loss, original, *others):
-        seen.append(original)
-        return forward(loss, original, *others)
-
-    monkeypatch.setattr("vae.report.LOOK_EVERY", 10)  # validation has a loss as well
-    monkeypatch.setattr(ELBOLoss, "forward", watch)
-    train_small(tmp_path, epochs=2)
-    assert [len(batch) for batch in seen[:6]] == [8, 8, 4, 8, 8, 4]
-    epochs = torch.cat(seen[:3]), torch.cat(seen[3:6])
-    in_order = splits[0].images(slice(None)).flatten(1)
-    for epoch in epochs:
-        # Distances of 0 form a permutation.
-        same = torch.cdist(epoch.flatten(1), in_order) < 1e-3
-        assert same.sum(dim=0).tolist() == same.sum(dim=1).tolist() == [1] * 20
-    assert not torch.equal(*epochs)
-
-
-def test_learning_rate_and_beta_follow_their_schedules(tmp_path):
-    rates = []
-    hook = register_optimizer_step_pre_hook(
-        lambda optimiser, *_: rates.append(optimiser.param_groups[0]["lr"])
-    )
-    train_small(tmp_path, **EVERYTHING)
-    hook.remove()
-    assert rates == pytest.approx(np.repeat([1e-4, 0.75e-4, 0.25e-4], 3).tolist())
-    (steps, betas) = zip(*read_events(tmp_path)["."]["schedule/beta"], strict=True)
-    assert (steps, betas) == ((0, 1, 2), pytest.approx((0, 0.05, 0.1)))
-    kl, reconstruction, total = read_losses(tmp_path).T
-    assert total == pytest.approx(np.repeat(betas, 3) * kl + reconstruction, rel=1e-6)
-
-
 @ALL
 def test_the_same_seed_repeats_a_run_bit_for_bit(whole_runs, tmp_path, changes):
     torch.rand(7)  # whatever else the process draws
@@ -186,10 +150,8 @@ def test_the_trained_model_and_its_metrics_are_returned(splits, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sizes"),
     [
-        ({"batch_size": 1000}, {}),
-        ({"latent_size": 1}, {}),
-        ({"latent_size": 512}, {}),
-        ({"image_size": 128}, {"train": 3, "val": 1, "test": 5}),
+        ({"latent_size": 200}, {}),
+        ({"image_size": 64}, {"train": 3, "val": 1, "test": 5}),
         ({"batch_norm": True}, {"train": 9}),  # whose last batch is of one picture
         ({"epochs": 4}, {"val": 1, "test": 1}),  # fewer test pictures than epochs
         ({}, {"train": 1, "val": 1, "test": 1}),
@@ -241,28 +203,13 @@ def test_a_run_leaves_its_checkpoint_metrics_pictures_and_events_and_nothing_els
 # The reader's own pictures.
 
 
-class OwnPictures(Dataset):
-    """Random pictures of one or more channels, with labels as the reader has them."""
-
-    def __init__(self, shape, labels, split, transform) -> None:
-        self.transform, self.labels = transform, labels
-        self.pixels = np.random.default_rng(len(split)).integers(0, 256, (12, *shape), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int):
-        label = self.labels[index % len(self.labels)]
-        return self.transform(Image.fromarray(self.pixels[index])), label
-
-
 @pytest.fixture
 def train_own(tmp_path, monkeypatch):
-    """Register a data set of the reader's and train on it; return the metrics."""
+    """Register a data set of the reader's own and train on it; return the metrics."""
 
-    def run(shape=(16, 16, 3), labels=(0, 1), **changes):
-        def own(root="", split="train", transform=None, download=False):
-            return OwnPictures(shape, labels, split, transform)
+    def run(pixels, labels=(0, 1), **changes):
+        def own(root="", split="train", transform=np.asarray, download=False):
+            return [(transform(Image.fromarray(x)), y) for x in pixels for y in labels]
 
         monkeypatch.setitem(DATASETS, "own", own)
         return train_small(tmp_path / "run", **{"dataset": "own", "epochs": 1} | changes)
@@ -272,7 +219,7 @@ def train_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("shape", "channels"), [((20, 9), 1), ((9, 20, 3), 3), ((8, 8, 4), 4)])
 def test_pictures_of_any_number_of_channels_train(train_own, tmp_path, shape, channels):
-    metrics = train_own(shape)
+    metrics = train_own(np.random.default_rng(0).integers(0, 256, (6, *shape), np.uint8))
     assert np.isfinite(metrics["test"]["total_loss"])
     assert metrics["config"]["image_channels"] == channels
     model, *_ = load_model(tmp_path / "run" / "checkpoint.pt")
@@ -280,13 +227,8 @@ def test_pictures_of_any_number_of_channels_train(train_own, tmp_path, shape, ch
 
 
 LABELS = {
-    "a few": [0, 1, 2],
     "negative and huge": [-5, 10**12, 3],
-    "all the same": [7],
-    "each its own": list(range(12)),
     "names": ["tulip", "rose"],
-    "numbers": [0.5, 1.5],
-    "tensors": [torch.tensor(1), torch.tensor(2)],
     "several in one": [torch.tensor([0, 1]), torch.tensor([1, 1])],
     "a dictionary": [{"species": 1}, {"species": 2}],
 }
@@ -294,48 +236,16 @@ LABELS = {
 
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
 def test_labels_may_be_anything(train_own, labels):
-    assert train_own(labels=labels)["epochs"] == 1
+    assert train_own(np.zeros((6, 8, 8, 3), np.uint8), labels)["epochs"] == 1
 
 
-def test_crop_takes_the_middle_and_the_post_squeezes(train_own, tmp_path, monkeypatch):
-    pixels = np.zeros((8, 24, 3), np.uint8)
-    pixels[:, 8:16] = 255
-    monkeypatch.setattr(OwnPictures, "__getitem__", lambda it, _: (it.transform(picture), 0))
-    picture = Image.fromarray(pixels)
-    means = {}
-    for crop in (True, False):
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        train_own(crop=crop)
-        (_, png) = read_events(tmp_path / "run")["."]["originals"][0]
-        (row,) = tiles(np.asarray(Image.open(io.BytesIO(png))))
-        means[crop] = row.mean() / 255
-    assert means[True] == 1
-    assert means[False] == pytest.approx(1 / 3, abs=0.02)
-
-
-@pytest.fixture
-def photographs(tmp_path) -> Path:
-    """A folder of the reader's: two species, pictures of several sizes, and a note."""
-    folder = tmp_path / "my photos"
-    for seed in range(60):
-        species = folder / ("tulip", "rose")[seed % 2]
-        species.mkdir(parents=True, exist_ok=True)
-        write_photograph(species / f"{seed}.jpg", (20 + seed, 30), seed)
-    (folder / "notes.txt").touch()
-    return folder
-
-
-def test_a_folder_of_pictures_trains_and_goes_on_from_another_folder(
-    command, photographs, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    main([*command, "--dataset", "my photos"])
-    folder = tmp_path / "runs" / "run"
-    metrics = json.loads((folder / "metrics.json").read_bytes())
-    assert metrics["dataset"] == str(photographs)
-    monkeypatch.chdir("/")
-    main(["--resume", str(folder), "--epochs=3"])
-    assert load_checkpoint(folder / "checkpoint.pt")["epoch"] == 3
+@pytest.mark.parametrize(("crop", "mean"), [(True, 1), (False, 1 / 3)])
+def test_crop_takes_the_middle_and_the_post_squeezes(train_own, tmp_path, crop, mean):
+    pixels = np.zeros((3, 8, 24, 3), np.uint8)
+    pixels[:, :, 8:16] = 255
+    train_own(pixels, crop=crop)
+    (_, png) = read_events(tmp_path / "run")["."]["originals"][0]
+    assert tiles(np.asarray(Image.open(io.BytesIO(png)))).mean() / 255 == pytest.approx(mean, 0.06)
 
 
 # The options.
@@ -348,11 +258,6 @@ def test_the_defaults_are_the_posts():
     assert (options.batch_norm, options.augment, options.crop) == (False, False, False)
     assert options.likelihood == "gaussian"
     assert options.beta_schedule == options.lr_schedule == "constant"
-
-
-def test_an_option_that_cannot_be_is_refused_from_python_as_well():
-    with pytest.raises(ValueError, match=r"^--epochs is 0: 1 or more is needed$"):
-        Options(epochs=0)
 
 
 # The command line.
@@ -399,23 +304,11 @@ def test_a_run_is_named_by_date_time_and_data_set_if_not_otherwise(command, tmp_
     assert before <= datetime.strptime(folder.name, "%Y-%m-%d_%H-%M-%S-small") <= datetime.now()
 
 
-def test_a_run_is_resumed_by_its_name_or_its_folder(command, tmp_path):
+def test_a_run_is_resumed_by_its_name_or_folder_as_the_same_experiment(command, ended, tmp_path):
     main(command)
     main([f"--log-dir={tmp_path / 'runs'}", "--resume=run", "--epochs=3"])
     main(["--resume", str(tmp_path / "runs" / "run"), "--epochs=4"])
     assert len(read_losses(tmp_path / "runs" / "run")) == 12
-
-
-def test_a_finished_run_is_not_replaced(command, ended, tmp_path):
-    main(command)
-    before = (tmp_path / "runs" / "run" / "checkpoint.pt").read_bytes()
-    status, words = ended(command)
-    assert (status, "is not empty: give another --run-name" in words) == (2, True)
-    assert (tmp_path / "runs" / "run" / "checkpoint.pt").read_bytes() == before
-
-
-def test_a_resumed_command_does_not_become_another_experiment(command, ended, tmp_path):
-    main(command)
     status, words = ended([f"--log-dir={tmp_path / 'runs'}", "--resume=run", "--beta=1"])
     assert (status, "--beta 1.0 (the run has 0.1)" in words) == (2, True)
 
@@ -430,24 +323,15 @@ def test_help_shows_every_option_with_its_purpose_and_default(capsys):
         assert re.search(rf" {flag}[ ,][^)]{{9,}}\(default: ", text), name
 
 
-def test_flowers102_trains_and_a_damaged_photograph_is_one_line_that_names_it(
-    command, ended, data_root, tmp_path
-):
-    arguments = [*command, "--dataset=auto", f"--data-root={data_root}"]
-    main(arguments)
+def test_auto_is_flowers102_where_it_is(command, data_root, tmp_path):
+    main([*command, "--epochs=1", "--dataset=auto", f"--data-root={data_root}"])
     metrics = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_bytes())
     assert metrics["dataset"] == "flowers102"
-    picture = data_root / "flowers-102" / "jpg" / "image_00008.jpg"
-    for damaged in (picture.read_bytes()[:-200], b""):
-        picture.write_bytes(damaged)
-        status, words = ended([*arguments, "--run-name=damaged"])
-        assert (status, str(picture) in words, words.count("\n")) == (2, True, 1)
 
 
-# Where Flowers102 cannot be reached.
-
-
-def test_auto_falls_back_loudly(command, no_server, tmp_path, capsys, monkeypatch):
+def test_auto_falls_back_loudly_where_flowers102_is_not(
+    command, no_server, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(DATASETS, "synthetic", SmallPictures)  # 8,189 take their time
     main([*command, "--epochs=1", "--dataset=auto", f"--data-root={tmp_path / 'empty'}"])
     out, err = capsys.readouterr()
@@ -459,26 +343,15 @@ def test_auto_falls_back_loudly(command, no_server, tmp_path, capsys, monkeypatc
     assert metrics["dataset"] == saved_options(Options, folder).dataset == "synthetic"
 
 
-def test_flowers102_itself_is_refused(command, ended, no_server, tmp_path):
-    empty = tmp_path / "empty"
-    status, words = ended([*command, "--dataset=flowers102", f"--data-root={empty}"])
-    assert (status, words.count("\n")) == (1, 1)
-    assert f"flowers102 is not in {empty} and its server cannot be reached" in words
-    assert "--dataset synthetic" in words
-    assert not (tmp_path / "runs").exists()
-
-
 # Runs that go wrong.
 
 
-@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli", "sigma"])
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_a_diverging_run_stops_and_keeps_what_was_good(
-    command, ended, tmp_path, likelihood, batch_norm
-):
-    folder = tmp_path / "runs" / "run"
-    options = {"likelihood": likelihood, "batch_norm": batch_norm, "learning_rate": 1e-4}
-    train_small(folder, epochs=1, **options)
+@ALL
+def test_a_diverging_run_stops_and_keeps_what_was_good(ended, tmp_path, changes):
+    folder = tmp_path / "run"
+    train_small(
+        folder, epochs=1, **changes | {"beta_schedule": "constant", "lr_schedule": "constant"}
+    )
     checkpoint = load_checkpoint(folder / "checkpoint.pt")
     good = checkpoint["model"]
     checkpoint["config"]["learning_rate"] = 1e30
@@ -491,28 +364,13 @@ def test_a_diverging_run_stops_and_keeps_what_was_good(
     assert all(torch.equal(saved[name], good[name]) for name in good)
 
 
-def test_a_run_that_diverges_before_its_first_checkpoint_promises_none(command, ended, tmp_path):
-    status, words = ended([*command, "--learning-rate=1e30"])
-    assert (status, "no longer finite in epoch" in words) == (1, True)
-    assert not (tmp_path / "runs" / "run" / "checkpoint.pt").exists()
-    assert "checkpoint" not in words
-
-
-@pytest.mark.parametrize(
-    ("line", "slip", "error"),
-    [
-        ("loss.beta = run.beta_at(epoch)", "raise ValueError('a slip of mine')", ValueError),
-        ("# Step 1: set", "train_features = train_features[:, :1]  #", RuntimeError),
-    ],
-)
-def test_a_slip_in_the_readers_loop_keeps_its_traceback(
-    command, tmp_path, monkeypatch, line, slip, error
-):
-    script, changed = tmp_path / "mine.py", (ROOT / "vae_training.py").read_text()
-    assert line in changed
-    script.write_text(changed.replace(line, slip))
+def test_a_slip_in_the_readers_loop_keeps_its_traceback(command, tmp_path, monkeypatch):
+    script, code = tmp_path / "mine.py", (ROOT / "vae_training.py").read_text()
+    line = "_, kl_loss, reconstruction_loss, total_loss = loss("
+    assert line in code
+    script.write_text(code.replace(line, line.removeprefix("_, ")))
     monkeypatch.setattr(sys, "argv", [str(script), *command])
-    with pytest.raises(error) as raised:  # and no SystemExit
+    with pytest.raises(ValueError, match="too many values to unpack") as raised:
         runpy.run_path(str(script), run_name="__main__")
     assert str(script) in {str(entry.path) for entry in raised.traceback}
 
@@ -521,68 +379,50 @@ def test_a_slip_in_the_readers_loop_keeps_its_traceback(
 
 
 @ALL
-@pytest.mark.parametrize(
-    ("step", "number"),
-    [(1, signal.SIGINT), (3, signal.SIGTERM), (5, signal.SIGINT), (9, signal.SIGTERM)],
-)
-def test_a_run_stopped_in_any_epoch_ends_as_if_it_had_not_been(
-    whole_runs, tmp_path, step, number, changes, monkeypatch
+def test_a_run_stopped_and_died_again_and_again_ends_as_if_it_had_not(
+    whole_runs, tmp_path, changes
 ):
-    with interruption(number, call=step), pytest.raises(Stopped):
+    with interruption(signal.SIGINT), pytest.raises(Stopped):  # it ends its first epoch
         train_small(tmp_path, **changes)
-    train_small(tmp_path, resume=True, **changes)
-    assert_same_run(tmp_path, whole_runs["everything" if changes else "post"])
-
-
-@ALL
-def test_a_run_that_died_again_and_again_ends_as_if_it_had_not(whole_runs, tmp_path, changes):
     # The second signal ends it at once: what it wrote since its checkpoint stands twice.
-    at_once = (signal.SIGINT, signal.SIGTERM)
-    for resume, step in ((False, 2), (False, 8), (True, 2)):
-        with interruption(*at_once, call=step), pytest.raises(Stopped):
-            train_small(tmp_path, resume, checkpoint_every=1, **changes)
-    train_small(tmp_path, resume=True, **changes)
+    for step in (2, 5):
+        with interruption(signal.SIGINT, signal.SIGTERM, call=step), pytest.raises(Stopped):
+            train_small(tmp_path, True, checkpoint_every=1, **changes)
+    train_small(tmp_path, True, **changes)
     assert_same_run(tmp_path, whole_runs["everything" if changes else "post"])
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_command_ends_with_the_command_that_goes_on(
-    command, ended, tmp_path, number, status
-):
-    folder = tmp_path / "runs" / "run"
-    with interruption(number):
-        stopped, words = ended(command)
-    assert (stopped, words.startswith(f"Stopped by {number.name}. Go on with:\n")) == (status, True)
-    again = shlex.split(words.splitlines()[1])
-    assert again == [sys.executable, sys.argv[0], "--resume", str(folder)]
-    main(again[2:])
-    main([*command, "--run-name=whole"])
-    assert_same_run(folder, tmp_path / "runs" / "whole")
 
 
 # The script as a process of its own, in any folder.
 
 
 @pytest.mark.slow
-def test_a_process_stopped_by_ctrl_c_is_resumed_by_the_command_that_it_prints(
-    photographs, tmp_path
-):
+def test_ctrl_c_ends_a_process_with_the_command_that_goes_on_from_any_folder(tmp_path, monkeypatch):
+    photographs = tmp_path / "my photos"  # of two species and of several sizes, and a note
+    for seed in range(60):
+        species = photographs / ("tulip", "rose")[seed % 2]
+        species.mkdir(parents=True, exist_ok=True)
+        write_photograph(species / f"{seed}.jpg", (20 + seed, 30), seed)
+    (photographs / "notes.txt").touch()
     # As many threads as this process has: another number rounds differently.
-    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True, "cwd": tmp_path}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, "-u", ROOT / "vae_training.py", "--dataset=my photos"]
-    command += ["--image-size=8", "--epochs=20", "--device=cpu", "--log-dir=my runs"]
-    with subprocess.Popen([*command, "--run-name=one"], **options, **pipes) as process:
-        while not process.stdout.readline().startswith("Epoch: 2,"):
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    arguments = ["--dataset=my photos", "--log-dir=my runs"]
+    arguments += ["--image-size=8", "--epochs=20", "--device=cpu", "--run-name"]
+    command = [sys.executable, "-u", ROOT / "vae_training.py", *arguments, "one"]
+    with subprocess.Popen(command, cwd=tmp_path, **options) as process:
+        while not process.stdout.readline().startswith("Epoch: 0,"):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "Traceback" not in errors
+    assert re.search(r"^Stopped by SIGINT\. Go on with:$", errors, re.M), errors
     assert load_checkpoint(tmp_path / "my runs/one/checkpoint.pt")["epoch"] < 20
-    for again in (shlex.split(errors.splitlines()[-1]), [*command, "--run-name=other"]):
-        result = subprocess.run(again, timeout=300, capture_output=True, **options)
-        assert result.returncode == 0, result.stderr
-    line = r"^Epoch: 0, Reconstruction Loss: \d+\.\d\d, KL Loss: \d+\.\d\d, Total Loss: \d+\.\d\d$"
-    assert re.search(line, result.stdout, re.MULTILINE)
+    python, script, *again = shlex.split(errors.splitlines()[-1])
+    assert (python, script) == (sys.executable, str(ROOT / "vae_training.py"))
+    monkeypatch.setattr("vae.report.LOOK_EVERY", 10)  # as in the other process
+    for folder, words in (("/", again), (tmp_path, [*arguments, "other"])):
+        monkeypatch.chdir(folder)
+        main(words)
     assert_same_run(tmp_path / "my runs" / "one", tmp_path / "my runs" / "other")
+    metrics = json.loads((tmp_path / "my runs" / "one" / "metrics.json").read_bytes())
+    assert metrics["dataset"] == str(photographs)

@@ -1,6 +1,5 @@
 """How good a trained model is on pictures it has not seen, and how far PCA gets with as little."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -93,12 +92,8 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     sets are [n, features] and [m, features].
     """
     one, other = one.double(), other.double()
-    if not (one.isfinite().all() and other.isfinite().all()):
-        return math.nan  # LAPACK may crash the process over such a matrix
     shift = torch.square(one.mean(dim=0) - other.mean(dim=0)).sum()
-    covariances = [
-        features.T.cov(correction=0).view(2 * one.shape[1:]) for features in (one, other)
-    ]
+    covariances = [each.T.cov(correction=0).view(2 * one.shape[1:]) for each in (one, other)]
     # The product is similar to a symmetric matrix, so its eigenvalues are real and not negative.
     roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
     return (shift + sum(each.trace() for each in covariances) - 2 * roots.sum()).item()

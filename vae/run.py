@@ -311,8 +311,7 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a file and is not replaced by one")
-    if not path.parent.is_dir():
-        raise OSError(f"{path.parent} is not a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with open(temporary, "wb") as file:

@@ -10,8 +10,8 @@ class VAE(nn.Module):
     """The variational autoencoder of Kingma & Welling (2014), as the post builds it.
 
     65,831 parameters at the post's setting (32x32 RGB, 10 latent dimensions). ``image_resolution``
-    is (height, width), positive multiples of 8; ``batch_norm`` puts a batch normalisation between
-    convolution and activation. ``ValueError`` for sizes that the network cannot be built for.
+    is (height, width), positive multiples of 8 (else ``ValueError``); ``batch_norm`` puts a batch
+    normalisation between convolution and activation.
     """
 
     def __init__(
@@ -22,9 +22,6 @@ class VAE(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        if min(latent_size, image_channels) < 1:
-            sizes = f"latent_size is {latent_size} and image_channels {image_channels}"
-            raise ValueError(f"{sizes}: at least 1 is needed")
         self.image_resolution = image_resolution
         self.latent_size = latent_size
         self.encoder = Encoder(image_resolution, image_channels, latent_size, batch_norm)
