@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import tyro
 from torch.optim import Adam, optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import Flowers102
 from torchvision.transforms import Compose, Resize, ToTensor
@@ -73,21 +73,14 @@ def train_plainly(options: Options, logs: Path) -> None:
             print(f"{epoch}: {squares:.2f}, {kl:.2f}, {total:.2f}")
 
 
-class EightTimes(Flowers102):
-    """The training pictures eight times over."""
-
-    def __len__(self) -> int:
-        """Return the number of pictures."""
-        return super().__len__() * (8 if self._split == "train" else 1)
-
-    def __getitem__(self, index: int) -> Any:
-        """Return a picture and its label."""
-        return super().__getitem__(index % super().__len__())
+def eight_times(root: str, split: str, transform: Any = None) -> Any:
+    """Return a split of Flowers102, the training pictures eight times over."""
+    return ConcatDataset([Flowers102(root, split, transform)] * (8 if split == "train" else 1))
 
 
 def train_eight_times_as_many(options: Options, logs: Path) -> None:
     """Train with this repository on eight times as many pictures."""
-    DATASETS["eight"] = EightTimes
+    DATASETS["eight"] = eight_times
     train(replace(options, dataset="eight"), logs)
 
 

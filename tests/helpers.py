@@ -41,6 +41,11 @@ def train_small(folder: Path, resume: bool = False, **changes: Any) -> dict[str,
     return metrics
 
 
+def through_mean(model: VAE, x: torch.Tensor) -> torch.Tensor:
+    """Reconstruct images without noise."""
+    return model.decoder(model.encoder(x)[0])
+
+
 def seed_as(seed: int, epoch: int) -> None:
     """Seed PyTorch as a run of that seed does before an epoch, and before its report."""
     torch.manual_seed(int(np.random.SeedSequence((seed, 1 + epoch)).generate_state(1)[0]))

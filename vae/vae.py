@@ -42,11 +42,6 @@ class VAE(nn.Module):
         # The decoder turns each draw into an image, [batch, channels, height, width]
         return reconstruction, mean, log_var
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """Return ``x`` encoded to the posterior's mean, without noise, and decoded."""
-        mean, _ = self.encoder(x)
-        return self.decoder(mean)
-
     def sample(self, n: int) -> Tensor:
         """Return ``n`` new images, [n, channels, height, width] in [0, 1], with z from N(0, I)."""
         weight = next(self.parameters())

@@ -5,6 +5,7 @@ import re
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,9 @@ def run_study(data_root, tmp_path, monkeypatch):
     monkeypatch.setattr(practical_aspects, "BETAS", {0.1: "the post", 10.0: "beta 10"})
     monkeypatch.setattr(practical_aspects, "SHOWN", (5, 10))
     monkeypatch.setattr("vae.report.LOOK_EVERY", 5)
-    # Another process would not know of the small Flowers102.
-    monkeypatch.setattr(practical_aspects, "ProcessPoolExecutor", ThreadPoolExecutor)
+    # Another process would not know of the small Flowers102; two threads would share one generator.
+    one_thread = partial(ThreadPoolExecutor, 1)
+    monkeypatch.setattr(practical_aspects, "ProcessPoolExecutor", one_thread)
     return lambda: main(2, str(data_root), tmp_path / "runs", tmp_path)
 
 
