@@ -221,6 +221,8 @@ def files_of(dataset: Any) -> Iterator[str | os.PathLike[str]]:
         if isinstance(values, Dataset):
             yield from files_of(values)
         for value in values if isinstance(values, list) else ():
+            if isinstance(value, Dataset):
+                yield from files_of(value)
             path = value[0] if isinstance(value, tuple) and value else value
             if isinstance(path, str | os.PathLike) and os.path.isfile(path):
                 yield path

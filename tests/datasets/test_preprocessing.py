@@ -12,7 +12,7 @@ import torch
 import torchvision
 from helpers import seeded, write_photograph
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision.datasets import Flowers102
 from torchvision.transforms import Compose, Grayscale, Resize, ToTensor
 
@@ -255,10 +255,13 @@ def test_each_split_and_transform_has_a_fingerprint_of_its_own(data_root):
     assert fingerprint(sets[0]) == fingerprint(pickle.loads(pickle.dumps(sets[0]))) != ""
 
 
-def test_a_picture_that_changed_and_what_decodes_it_count(data_root, monkeypatch):
+@pytest.mark.parametrize(
+    "made_of", [lambda one: Subset(one, [4]), lambda one: ConcatDataset([one])]
+)
+def test_a_picture_that_changed_and_what_decodes_it_count(data_root, monkeypatch, made_of):
     flowers = Flowers102(data_root, "val", transform=SMALL)
     path = flowers._image_files[4]
-    part, time = Subset(flowers, [4]), path.stat().st_mtime_ns
+    part, time = made_of(flowers), path.stat().st_mtime_ns
     prints = [fingerprint(part)]
     os.utime(path, ns=(time, time + 1_000_000))
     prints.append(fingerprint(part))
