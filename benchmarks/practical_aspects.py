@@ -1,7 +1,7 @@
 """What each of the post's "Practical Aspects" buys: ``python -m benchmarks.practical_aspects``.
 
 Trains Flowers102 with one change at a time from the post's setting, and with several betas, a few
-seeds each; writes a table and figures. Stopped at any time, it goes on where it was.
+seeds each; prints a table and draws figures. Stopped at any time, it goes on where it was.
 """
 
 import io
@@ -54,7 +54,6 @@ SETTINGS = {
 BETAS = {beta: f"beta {beta:g}" for beta in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
 BETAS[POST.beta] = "the post"
 RUNS = {name: replace(POST, beta=beta) for beta, name in BETAS.items()} | SETTINGS
-NOTES = "<!-- notes -->"  # what stands below is kept
 
 
 def train_run(data_root: str, log_dir: Path, name: str, seed: int) -> dict[str, Any]:
@@ -83,32 +82,20 @@ def numbers(runs: list[dict[str, Any]]) -> np.ndarray:
     return np.array(rows)
 
 
-def report(results: Results) -> str:
-    """Return the table, what its columns mean, and what it was made with."""
-    rows = []
+def table(results: Results) -> str:
+    """Return the table in Markdown, mean and standard deviation over the seeds."""
+    lines = [
+        "| setting | error, test | error, training | distance, fitted | distance, prior | KL |"
+    ]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name in SETTINGS:
         seeds = numbers(results[name])
         cells = zip(seeds.mean(axis=0), seeds.std(axis=0, ddof=1), strict=True)
-        rows.append([name, *(f"{mean:.1f} ± {spread:.1f}" for mean, spread in cells)])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    pca, versions = results["the post"][0]["pca"], results["the post"][0]["versions"]
-    return f"""# The practical aspects, measured
-
-`python -m benchmarks.practical_aspects --seeds {len(results["the post"])}`: {POST.epochs} epochs
-of Flowers102 (`--preset best`: {BEST.epochs:,}), mean ± standard deviation over the seeds, one
-thread a run; {", ".join(map(" ".join, versions.items()))}.
-
-- *Error*: squared error of a picture's reconstruction (z sampled), summed over the picture's 3,072
-  values, mean over the pictures. At 64x64 a picture has four times as many values.
-- *Distance*: how different new pictures are from the test pictures as a whole (Fréchet). They are
-  drawn from the Gaussian fitted to the training pictures' latents (PCA: codes), or from the prior.
-- *KL*: KL divergence of a test picture's posterior from the prior, nats. Less is better elsewhere.
-
-| setting | error, test | error, training | distance, fitted | distance, prior | KL |
-| --- | ---: | ---: | ---: | ---: | ---: |
-{table}
-| PCA, 10 components | {pca["squared_error"]:.1f} | | {pca["frechet"]["samples"]:.1f} | | |
-"""
+        row = [name, *(f"{mean:.1f} ± {spread:.1f}" for mean, spread in cells)]
+        lines.append(f"| {' | '.join(row)} |")
+    pca = results["the post"][0]["pca"]
+    errors = f"{pca['squared_error']:.1f} | | {pca['frechet']['samples']:.1f}"
+    return "\n".join([*lines, f"| PCA, 10 components | {errors} | | |"])
 
 
 def plot_betas(results: Results, path: Path) -> None:
@@ -147,16 +134,14 @@ def main(
     seeds: int = 3,  # runs of each setting, at least two
     data_root: str = POST.data_root,  # folder that holds flowers-102, or will
     log_dir: Path = Path("benchmarks/runs/practical_aspects"),  # folder of all runs
-    output: Path = Path("results"),  # folder of the table and the figures
+    output: Path = Path("results"),  # folder of the figures
 ) -> None:
-    """Train what is missing, then write the table and the figures."""
+    """Train what is missing, then print the table and draw the figures."""
     jobs = [(name, seed) for seed in range(seeds) for name in RUNS]
     with ProcessPoolExecutor() as pool:
         runs = [*pool.map(partial(train_run, data_root, log_dir), *zip(*jobs, strict=True))]
     results = {name: runs[i :: len(RUNS)] for i, name in enumerate(RUNS)}
-    document = output / "practical_aspects.md"
-    notes = document.read_text("utf-8").partition(NOTES)[2] if document.exists() else "\n"
-    document.write_text(f"{report(results)}\n{NOTES}{notes}", "utf-8")
+    print(table(results))
     plot_betas(results, output / "rate_distortion.png")
     plot_pictures(results[POST_500][0]["folder"], output / "flowers102_pictures.png")
 
