@@ -23,7 +23,7 @@ from tyro.conf import OmitArgPrefixes, Positional, PositionalRequiredArgs, arg
 
 from datasets.preprocessing import UserError, read_picture
 from vae.latent import near, prior, variation_per_dimension
-from vae.run import find_device, load_model, one_line_errors, own_random_numbers, replace_atomically
+from vae.run import check, find_device, load_model, one_line_errors, own_random, replace_atomically
 from vae.vae import VAE
 
 ROOT = Path(__file__).parent
@@ -124,12 +124,6 @@ def explore(settings: Settings, picture: Positional[Path | None] = None) -> None
         file.write(page.replace("{{model}}", json.dumps(exported)).encode())
 
 
-def check(name: str, given: float, low: float, high: float) -> None:
-    """Raise ``UserError`` unless an option's value is from ``low`` to ``high``."""
-    if not low <= given <= high:
-        raise UserError(f"{name} is {given}: {low} to {high} is needed")
-
-
 @contextmanager
 def drawing(
     settings: Settings, usual: str, pictures: Sequence[Path] = ()
@@ -146,7 +140,7 @@ def drawing(
     if output.resolve() in [path.resolve() for path in (checkpoint, *pictures)]:
         raise UserError(f"{output} would be replaced: name another file with --output")
     device = find_device(settings.device)
-    with own_random_numbers(device):
+    with own_random(device):
         model, config, latents = load_model(checkpoint, device)
         to_input = as_in_training(config, settings.crop)
         images = [to_input(read_picture(path))[None].to(device) for path in pictures]

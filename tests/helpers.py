@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
-from vae.run import load_checkpoint, save_checkpoint
+from vae.run import load_checkpoint
 from vae.vae import VAE
 from vae_training import Options, train
 
@@ -136,7 +136,7 @@ def write_checkpoint(path: Path, model: VAE, fitted: bool = True, **config: Any)
     latents["covariance"].diagonal().add_(0.01)
     checkpoint = {"model": model.state_dict(), "config": {"dataset": "auto"} | shape | config}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(checkpoint | ({"latents": latents} if fitted else {}), path)
+    torch.save(checkpoint | ({"latents": latents} if fitted else {}), path)
     return path
 
 

@@ -13,7 +13,7 @@ REFUSED = {
     "--warmup-epochs -1": "--warmup-epochs is -1: 0 or more is needed",
     "--beta nan": "--beta is nan: 0 or more is needed",
     "--learning-rate inf": "--learning-rate is inf: 0 or more is needed",
-    "--seed 4294967296": "--seed is 4294967296: less than 4294967296 is needed",
+    "--seed 4294967296": "--seed is 4294967296: 0 to 4294967295 is needed",
     "--beta-schedule steep": "invalid choice 'steep' for argument '--beta-schedule'",
     "--likelihood laplace": "Expected one of ('gaussian', 'bernoulli')",
     "--device cuda:99": "error: device cuda:99 is not available here: ",

@@ -18,7 +18,7 @@ from datasets.preprocessing import InMemory
 from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples
 from vae.latent import fit_latents
 from vae.losses import ELBOLoss
-from vae.run import FREE, Run, load_checkpoint, quote, replace_atomically, save_checkpoint
+from vae.run import FREE, Run, load_checkpoint, quote, replace_atomically
 from vae.vae import VAE
 
 Splits = tuple[InMemory, InMemory, InMemory]  # train, val and test
@@ -115,8 +115,9 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
     write_latents(writer, model, test, options.epochs)
     # The last: where they are, all is done.
     fitted = {"mean": latents.mean.cpu(), "covariance": latents.covariance_matrix.cpu()}
-    path = run.folder / "checkpoint.pt"
-    save_checkpoint(load_checkpoint(path) | {"latents": fitted}, path)
+    checkpoint = load_checkpoint(run.folder / "checkpoint.pt") | {"latents": fitted}
+    with replace_atomically(run.folder / "checkpoint.pt") as file:
+        torch.save(checkpoint, file)
     return metrics
 
 

@@ -43,9 +43,8 @@ class Stopped(KeyboardInterrupt):
 
     def __str__(self) -> str:
         """Return what happened, and how the run goes on from Python."""
-        number, folder = self.args
-        again = "train(options, folder, resume=True) goes on"
-        return f"Stopped by {signal.Signals(number).name}; {again} with {folder}"
+        again = "train(options, folder, resume=True) goes on with"
+        return f"Stopped by {signal.Signals(self.args[0]).name}; {again} {self.args[1]}"
 
 
 @contextmanager
@@ -109,13 +108,12 @@ class Run(ExitStack):
         super().__init__()
         self.folder, self.resume = Path(folder), resume
         self.device = find_device(options.device)
-        dataset = choose_dataset(options.dataset, options.data_root)
-        self.dataset = find_dataset(dataset, options.data_root)
+        places = choose_dataset(options.dataset, options.data_root), options.data_root
+        self.dataset = find_dataset(*places)
         # Whole paths, so that a run can be resumed from any folder.
-        data_root = os.path.abspath(os.path.expanduser(options.data_root))
-        if dataset not in DATASETS:
-            dataset = os.path.abspath(os.path.expanduser(dataset))
-        self.options = replace(options, dataset=dataset, data_root=data_root)
+        folder, root = (os.path.abspath(os.path.expanduser(path)) for path in places)
+        dataset = places[0] if places[0] in DATASETS else folder
+        self.options = replace(options, dataset=dataset, data_root=root)
         self.started, self.stop_requested, self.in_epoch = time.perf_counter(), 0, False
 
     def __enter__(self) -> "Run":
@@ -134,7 +132,7 @@ class Run(ExitStack):
         if not self.resume:  # TensorBoard would mix a new run with one that failed at once
             for path in self.folder.rglob(f"{EVENTS}*"):
                 path.unlink()
-        self.enter_context(own_random_numbers(self.device))
+        self.enter_context(own_random(self.device))
         torch.manual_seed(self.options.seed)  # the same first weights for the same seed
         # Signals reach only a program's main thread.
         if threading.current_thread() is threading.main_thread():
@@ -200,15 +198,14 @@ class Run(ExitStack):
                 "seconds": time.perf_counter() - self.started,
                 "pictures": self.pictures,
             }
-            save_checkpoint(checkpoint, self.folder / "checkpoint.pt")
+            with replace_atomically(self.folder / "checkpoint.pt") as file:
+                torch.save(checkpoint, file)
         if stop:
             raise Stopped(stop, self.folder)
 
     def diverged(self, epochs: int) -> FloatingPointError:
         """Return the error for a loss or weights that are not finite after so many epochs."""
-        message = (
-            f"loss or weights are no longer finite in epoch {epochs - 1}: lower --learning-rate"
-        )
+        message = f"loss or weights are not finite in epoch {epochs - 1}: lower --learning-rate"
         if (self.folder / "checkpoint.pt").exists():
             message += f". The last good checkpoint is in {self.folder}"
         return FloatingPointError(message)
@@ -235,17 +232,21 @@ class Run(ExitStack):
         return epoch
 
 
+def check(name: str, given: float, low: float, high: float = math.inf) -> None:
+    """Raise ``UserError`` unless an option's value is finite and from ``low`` to ``high``."""
+    if not low <= given <= high or given == math.inf:
+        needed = f"{low} or more" if high == math.inf else f"{low} to {high}"
+        raise UserError(f"{name} is {given}: {needed} is needed")
+
+
 def check_options(options: Any) -> None:
     """Raise ``UserError`` for an option's value that cannot be."""
     one = ("latent_size", "cycles", "epochs", "batch_size", "checkpoint_every")
-    for name in (*one, "warmup_epochs", "seed", "beta", "learning_rate"):
-        given, low = getattr(options, name), int(name in one)
-        if not low <= given < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} is {given}: {low} or more is needed")
+    for name in (*one, "warmup_epochs", "beta", "learning_rate"):
+        check(f"--{name.replace('_', '-')}", getattr(options, name), int(name in one))
+    check("--seed", options.seed, 0, 2**32 - 1)
     if options.learning_rate == 0:
         raise UserError("--learning-rate is 0.0: more than 0 is needed")
-    if options.seed >= 2**32:
-        raise UserError(f"--seed is {options.seed}: less than {2**32} is needed")
     if options.image_size < 8 or options.image_size % 8:
         raise UserError(f"--image-size is {options.image_size}: a multiple of 8 is needed")
 
@@ -273,10 +274,9 @@ def check_same_experiment(config: dict[str, Any], options: Any) -> None:
     constant = options.beta_schedule == options.lr_schedule == "constant"
     more = constant and options.epochs >= config.get("epochs", 0)
     changes = [
-        f"--{each.name.replace('_', '-')} {getattr(options, each.name)} (the run has {before})"
-        for each in fields(options)
-        if (before := config.get(each.name)) != getattr(options, each.name)
-        and each.name not in FREE | ({"epochs"} if more else set())
+        f"--{name.replace('_', '-')} {now} (the run has {config.get(name)})"
+        for name, now in vars(options).items()
+        if now != config.get(name) and name not in FREE and not (more and name == "epochs")
     ]
     if changes:
         raise UserError(
@@ -296,7 +296,7 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def own_random_numbers(device: torch.device) -> Any:
+def own_random(device: torch.device) -> Any:
     """Return a context after which PyTorch's random numbers go on as if none had been drawn."""
     own = [] if device.type == "cpu" else [device.index or 0]
     return torch.random.fork_rng(own, device_type="cuda" if device.type == "cpu" else device.type)
@@ -321,12 +321,6 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write tensors and plain values to ``path``, whole or not at all."""
-    with replace_atomically(path) as file:
-        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
