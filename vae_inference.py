@@ -44,12 +44,10 @@ class Settings:
     device: str = "auto"  # cpu, cuda, mps ...; auto: an accelerator, if there is one
 
 
-Names = Sequence[str]
-FROM = "where the training pictures' latents are, or N(0, I)"
 Pictures = Annotated[tuple[Path, ...], arg(metavar="PICTURE ...")]
 Count = Annotated[int, arg(help="new flowers, near each picture if any is given")]
 Spread = Annotated[float, arg(help="0: the reconstruction; 1: any flower")]
-Source = Annotated[Literal["data", "prior"], arg(name="from", help=FROM)]
+Source = Annotated[Literal["data", "prior"], arg(name="from", help="fitted to data, or N(0, I)")]
 Steps = Annotated[int, arg(help="pictures in a row, both ends included")]
 
 
@@ -115,13 +113,11 @@ def explore(settings: Settings, picture: Positional[Path | None] = None) -> None
             "start": start[0].tolist(),
             "centre": latents.mean.tolist(),
             "scale": latents.scale_tril.tolist(),
-            "layers": [
-                {name: b64encode(x.cpu().numpy()).decode() for name, x in each.state_dict().items()}
-                for each in layers
-            ],
+            "layers": [each.state_dict() for each in layers],
         }
         page = (ROOT / "vae" / "explore.html").read_text(encoding="utf-8")
-        file.write(page.replace("{{model}}", json.dumps(exported)).encode())
+        text = json.dumps(exported, default=lambda x: b64encode(x.cpu().numpy()).decode())
+        file.write(page.replace("{{model}}", text).encode())
 
 
 @contextmanager
@@ -167,8 +163,7 @@ def as_in_training(config: dict[str, Any], crop: bool) -> Compose:
     """Return what makes the model's input, [channels, height, width] in [0, 1], of a picture."""
     size = tuple(config["image_resolution"])
     grey = [Grayscale()] if config["image_channels"] == 1 else []
-    crop = crop or config.get("crop", False)
-    resize = [Resize(max(size)), CenterCrop(size)] if crop else [Resize(size)]
+    resize = [Resize(max(size)), CenterCrop(size)] if crop or config.get("crop") else [Resize(size)]
     return Compose([*grey, *resize, ToTensor()])
 
 
@@ -195,7 +190,7 @@ def layers_of_page(decoder: Any, z: Tensor) -> list[nn.Module]:
 
 
 def draw_grid(
-    file: BinaryIO, images: Tensor, columns: int, captions: Names = (), rows: Names = ()
+    file: BinaryIO, images: Tensor, columns: int, captions: Sequence = (), rows: Sequence = ()
 ) -> None:
     """Write images, [n, 1 or 3, height, width] in [0, 1], to a PNG file, in named columns and rows.
 

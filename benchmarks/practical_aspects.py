@@ -74,20 +74,15 @@ def train_run(data_root: str, log_dir: Path, name: str, seed: int) -> dict[str, 
 
 def numbers(runs: list[dict[str, Any]]) -> np.ndarray:
     """Return the table's numbers of a setting, [seeds, columns]."""
-    rows = []
-    for run in runs:
-        test, train, frechet = run["test"], run["train"], run["samples"]["frechet"]
-        errors = [test["squared_error"], train["squared_error"]]
-        rows.append([*errors, frechet["fitted"], frechet["prior"], test["kl"]])
-    return np.array(rows)
+    errors = [[run[split]["squared_error"] for split in ("test", "train")] for run in runs]
+    distances = [[run["samples"]["frechet"][name] for name in ("fitted", "prior")] for run in runs]
+    return np.column_stack([errors, distances, [run["test"]["kl"] for run in runs]])
 
 
 def table(results: Results) -> str:
     """Return the table in Markdown, mean and standard deviation over the seeds."""
-    lines = [
-        "| setting | error, test | error, training | distance, fitted | distance, prior | KL |"
-    ]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    columns = "error, test | error, training | distance, fitted | distance, prior | KL"
+    lines = [f"| setting | {columns} |", f"| --- |{' ---: |' * 5}"]
     for name in SETTINGS:
         seeds = numbers(results[name])
         cells = zip(seeds.mean(axis=0), seeds.std(axis=0, ddof=1), strict=True)

@@ -78,10 +78,7 @@ def eight_times(root: str, split: str, transform: Any = None) -> Any:
     return ConcatDataset([Flowers102(root, split, transform)] * (8 if split == "train" else 1))
 
 
-def train_eight_times_as_many(options: Options, logs: Path) -> None:
-    """Train with this repository on eight times as many pictures."""
-    DATASETS["eight"] = eight_times
-    train(replace(options, dataset="eight"), logs)
+DATASETS["eight"] = eight_times
 
 
 def train_with_pythae(options: Options, logs: Path) -> None:
@@ -124,14 +121,14 @@ def watch(way: Any, options: Options) -> dict[str, float]:
 
 
 WAYS: dict[str, Any] = {
+    "whole": train,
+    "whole plain": train_plainly,
     "here": train,
-    "eight": train_eight_times_as_many,
+    "eight": train,
     "plain": train_plainly,
     "steps": take_steps,
     "steps plain": partial(take_steps, plain=True),
     "pythae": train_with_pythae,
-    "whole": train,
-    "whole plain": train_plainly,
 }
 
 
@@ -148,15 +145,14 @@ def main(
 ) -> None:
     """Measure, and print a table in Markdown."""
     short = Options("flowers102", data_root, epochs=EPOCHS, device="cpu")
-    for name in ("here", "eight"):  # pictures are read here, and kept for all runs
-        watch(WAYS[name], replace(short, epochs=2))
-    jobs = [name for name in WAYS if "whole" not in name] * ROUNDS + ["whole", "whole plain"] * runs
+    eight, long = replace(short, dataset="eight"), replace(short, epochs=500)
+    for options in (short, eight):  # pictures are read here, and kept for all runs
+        watch(train, replace(options, epochs=2))
+    ways = [*WAYS] if util.find_spec("pythae") else [name for name in WAYS if name != "pythae"]
     measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     spawn = torch.multiprocessing.get_context("spawn")
-    for name in jobs:
-        if name == "pythae" and not util.find_spec("pythae"):
-            continue
-        options = replace(short, epochs=500) if "whole" in name else short
+    for name in ways[2:] * ROUNDS + ways[:2] * runs:
+        options = {"eight": eight, "whole": long, "whole plain": long}.get(name, short)
         began = time.perf_counter()
         with ProcessPoolExecutor(1, spawn) as pool:
             figures = pool.submit(watch, WAYS[name], options).result()

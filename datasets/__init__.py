@@ -27,29 +27,24 @@ DATASETS: dict[str, Callable[..., Any]] = {
 TIMEOUT = 10.0  # seconds for which a server may be silent
 
 
-def choose_dataset(name: str, root: Path | str) -> str:
-    """Return the name; for ``"auto"`` Flowers102 if it can be had, else the synthetic flowers."""
-    if name != "auto":
-        return name
-    try:
-        find_dataset("flowers102", root)
-        return "flowers102"
-    except ConnectionError as error:
-        print(f"warning: {error}. Training on SYNTHETIC flowers", file=sys.stderr)
-        return "synthetic"
+def find_dataset(name: str, root: Path | str) -> tuple[str, Callable[..., Any]]:
+    """Return a name and what it stands for, to be called with a split and a transform.
 
-
-def find_dataset(name: str, root: Path | str) -> Callable[..., Any]:
-    """Return one of ``DATASETS`` or a folder of pictures, to be called with split and transform.
-
-    What is not in the folder ``root`` is downloaded to it. ``UserError`` for what there is not,
-    ``ConnectionError`` for what cannot be downloaded.
+    The name is one of ``DATASETS`` or a folder's whole path; for ``"auto"`` it is flowers102 or, if
+    offline, synthetic. What is not in ``root`` is downloaded to it. ``UserError`` for what there is
+    not, ``ConnectionError`` for what cannot be downloaded.
     """
+    if name == "auto":
+        try:
+            return find_dataset("flowers102", root)
+        except ConnectionError as error:
+            print(f"warning: {error}. Training on SYNTHETIC flowers", file=sys.stderr)
+            return find_dataset("synthetic", root)
     if name not in DATASETS:
-        if not Path(name).expanduser().is_dir():
-            names = ", ".join(DATASETS)
+        folder, names = Path(name).expanduser().absolute(), ", ".join(DATASETS)
+        if not folder.is_dir():
             raise UserError(f"--dataset is {name}: a folder of pictures, auto or one of {names}")
-        return partial(PictureFolder, Path(name).expanduser())
+        return str(folder), partial(PictureFolder, folder)
     root = Path(root).expanduser()
     dataset = partial(DATASETS[name], root=root)
     try:
@@ -59,7 +54,7 @@ def find_dataset(name: str, root: Path | str) -> Callable[..., Any]:
             raise
         download(name, root)
         dataset(split="train")
-    return dataset
+    return name, dataset
 
 
 def download(name: str, root: Path) -> None:

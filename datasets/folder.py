@@ -12,8 +12,6 @@ from torch.utils.data import Dataset
 
 from datasets.preprocessing import UserError, read_heic, read_picture
 
-SPLITS = ("train", "val", "test")
-
 
 class PictureFolder(Dataset):
     """All pictures below a folder, at any depth, with their subfolders as labels.
@@ -29,9 +27,10 @@ class PictureFolder(Dataset):
     ) -> None:
         root = Path(root)
         self._split, self.transform = split, transform
-        divided = all((root / each).is_dir() for each in SPLITS)
+        splits = [root / each for each in ("train", "val", "test")]
+        divided = all(each.is_dir() for each in splits)
         pictures = []  # of all splits, so that a label means the same in each
-        for top in (root / each for each in SPLITS) if divided else [root]:
+        for top in splits if divided else [root]:
             for path in find_pictures(top):
                 name = path.relative_to(top)
                 species = name.parent.as_posix() if len(name.parts) > 1 else root.name
@@ -41,13 +40,11 @@ class PictureFolder(Dataset):
         self.paths = [path for path, _ in mine]
         self.labels = [self.classes.index(species) for _, species in mine]
         if not mine:
-            raise UserError(
-                f"{root} has {len(pictures)} pictures and none for its {split} split: some 30 "
-                "divide by themselves; for fewer, make subfolders train, val and test"
-            )
+            given = f"{root} has {len(pictures)} pictures and none for its {split} split"
+            advice = "for fewer, make subfolders train, val and test"
+            raise UserError(f"{given}: some 30 divide by themselves; {advice}")
 
     def __len__(self) -> int:
-        """Return the number of pictures in this split."""
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:

@@ -119,15 +119,14 @@ class InMemory(Dataset):
                 files = [*files_of(dataset)]
                 where = files[i] if len(files) == len(dataset) else f"picture {i} of {self.name}"
                 raise UserError(f"{where} cannot be read as a picture: {error}") from None
+            this = f"picture {i} of {self.name}"
             if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
-                needed = "a float tensor [channels, height, width], as ToTensor() makes it"
-                raise UserError(f"picture {i} of {self.name} is not {needed}: end its transform so")
+                raise UserError(f"{this} is no tensor as ToTensor() makes it: end its transform so")
             if not 0 <= image.min() <= image.max() <= 1:
-                raise UserError(f"picture {i} of {self.name} has values outside of [0, 1]")
+                raise UserError(f"{this} has values outside of [0, 1], which ToTensor() gives")
             shapes.add(tuple(image.shape))
             if len(shapes) > 1:
-                given = f"{self.name} has pictures of shapes {' and '.join(map(str, shapes))}"
-                raise UserError(f"{given}: its transform needs to make them alike")
+                raise UserError(f"{this} has another shape, {shapes}: its transform needs a Resize")
             # NumPy's numbers become Python's, which the cache gives back as they were.
             label = label.item() if isinstance(label, np.generic) else label
             return image.mul(255).round_().byte().movedim(0, -1), label
@@ -168,7 +167,6 @@ class InMemory(Dataset):
                 temporary.unlink()
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
@@ -216,11 +214,9 @@ def fingerprint(dataset: Any) -> str:
 
 
 def files_of(dataset: Any) -> Iterator[str | os.PathLike[str]]:
-    """Yield the files in a data set's lists, and in those of the data sets that it is made of."""
+    """Yield the files that a data set knows, and those of the data sets that it is made of."""
     for values in getattr(dataset, "__dict__", {}).values():
-        if isinstance(values, Dataset):
-            yield from files_of(values)
-        for value in values if isinstance(values, list) else ():
+        for value in values if isinstance(values, list) else [values]:
             if isinstance(value, Dataset):
                 yield from files_of(value)
             path = value[0] if isinstance(value, tuple) and value else value
@@ -250,5 +246,4 @@ def augment(images: Tensor) -> Tensor:
     grid[..., 1].clamp_(1 / height - 1, 1 - 1 / height)
     moved = F.grid_sample(images, grid, align_corners=False)
     colours = 1 + COLOUR * draws[:, 5:, None, None]
-    tinted = torch.empty_like(moved, memory_format=torch.channels_last)
-    return torch.mul(moved, colours, out=tinted).clamp_(0, 1)
+    return (colours * moved).clamp_(0, 1).contiguous(memory_format=torch.channels_last)

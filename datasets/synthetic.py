@@ -50,7 +50,6 @@ class SyntheticFlowers(Dataset):
         self._labels = [number % 102 for number in range(SPLITS[split])]
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
         return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import write_photograph
 from nbclient import NotebookClient
 
 PATH = Path(__file__).parents[1] / "experiments.ipynb"
@@ -62,10 +63,13 @@ def test_in_the_committed_notebook_what_the_texts_call_better_is_better(notebook
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_top_to_bottom(notebook):
+def test_the_notebook_runs_from_top_to_bottom_on_pictures_of_ones_own(notebook, tmp_path):
+    for number in range(60):
+        write_photograph(tmp_path / f"{number}.png", seed=number)
     first = code_cells(notebook)[0]
     first.source, changed = re.subn(r"EPOCHS = \d+", "EPOCHS = 2", first.source)
     assert changed == 2
+    first.source += f"\nDATASET = {str(tmp_path)!r}"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": PATH.parent}}).execute()
     assert_ran_once_in_order_without_errors_or_warnings(notebook)
     sliders = outputs(notebook)[-1].data

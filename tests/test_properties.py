@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vae.layers import SampleLatent
-from vae.losses import LIKELIHOODS, ELBOLoss
+from vae.losses import ELBOLoss
 from vae.vae import VAE
 from vae_training import Options, main
 
@@ -37,7 +37,9 @@ def test_a_vae_of_any_size_works_or_says_what_is_wrong(height, width, latent, ch
 
 
 @given(
-    mean=st.floats(-1e6, 1e6), log_var=st.floats(-50, 50), likelihood=st.sampled_from(LIKELIHOODS)
+    mean=st.floats(-1e6, 1e6),
+    log_var=st.floats(-50, 50),
+    likelihood=st.sampled_from(["gaussian", "bernoulli"]),
 )
 def test_log_variances_from_minus_50_to_50_give_finite_losses_and_gradients(
     mean, log_var, likelihood

@@ -1,6 +1,6 @@
 """How good a trained model is on pictures it has not seen, and how far PCA gets with as little."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -115,21 +115,18 @@ def evaluate_pca(train: Batches, test: Batches, components: int, features: PCA) 
     """Measure PCA with as many components as a latent has dimensions.
 
     It is fitted to the images of ``train``. The dictionary has its ``squared_error`` per test
-    image, and the Fréchet distances of its ``reconstructions`` of test images and of ``samples``
-    from the Gaussian of the training images' codes, clipped to [0, 1].
+    image, and the Fréchet distance of ``samples`` from the Gaussian of the training images' codes,
+    clipped to [0, 1].
     """
     pca = PCA(train, components)
     codes, test_codes = pca.encode(train()), pca.encode(test())
     errors = (torch.square(x - pca.decode(pca.encode([x]))).sum() for x in test())
     drawn = codes.mean(dim=0) + torch.randn_like(test_codes) * codes.std(dim=0, correction=0)
-    pictures = {
-        "reconstructions": (pca.decode(z) for z in test_codes.split(64)),
-        "samples": (pca.decode(z).clamp(0, 1) for z in drawn.split(64)),
-    }
+    samples = (pca.decode(z).clamp(0, 1) for z in drawn.split(64))
     return {
         "components": components,
         "squared_error": sum(errors, torch.zeros(())).item() / len(test_codes),
-        "frechet": frechet_distances(pictures, test, features),
+        "frechet": frechet_distances({"samples": samples}, test, features),
     }
 
 
@@ -145,13 +142,7 @@ def evaluate_samples(
     """
     device = next(model.parameters()).device
     count = sum(len(x) for x in test())
-
-    def decode(distribution: MultivariateNormal) -> Iterator[Tensor]:
-        return (model.decoder(z).cpu() for z in distribution.sample((count,)).split(64))
-
-    drawn = {
-        "reconstructions": (model(x.to(device))[0].cpu() for x in test()),
-        "fitted": decode(latents),
-        "prior": decode(prior(model)),
-    }
+    drawn = {"reconstructions": (model(x.to(device))[0].cpu() for x in test())}
+    for name, distribution in {"fitted": latents, "prior": prior(model)}.items():
+        drawn[name] = (model.decoder(z).cpu() for z in distribution.sample((count,)).split(64))
     return frechet_distances(drawn, test, features)

@@ -59,9 +59,7 @@ def variation_per_dimension(model: VAE, latents: MultivariateNormal, draws: int 
     z, other = latents.mean + latents.stddev * noise
     images = model.decoder(z)
     total = images.var(dim=0, correction=0).sum().clamp(min=1e-12)
-    changes = []
-    for dimension in range(model.latent_size):
-        moved = z.clone()
-        moved[:, dimension] = other[:, dimension]
-        changes.append(0.5 * torch.square(model.decoder(moved) - images).sum() / draws)
+    units = torch.eye(model.latent_size, dtype=torch.bool, device=z.device)
+    moved = (model.decoder(torch.where(unit, other, z)) for unit in units)
+    changes = [0.5 * torch.square(each - images).sum() / draws for each in moved]
     return torch.stack(changes) / total

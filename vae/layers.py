@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+HxW = tuple[int, int]  # height and width of an image
+
 
 class SampleLatent(nn.Module):
     """Draw z from the posterior by the reparameterisation trick.
@@ -21,10 +23,8 @@ class SampleLatent(nn.Module):
         ``ValueError`` for other shapes, which PyTorch might broadcast silently.
         """
         if mean.shape != log_var.shape or mean.shape != (len(mean), self.latent_size):
-            raise ValueError(
-                f"mean has shape {list(mean.shape)} and log_var {list(log_var.shape)}: both need "
-                f"to be [batch, {self.latent_size}]"
-            )
+            given = f"mean has shape {list(mean.shape)} and log_var {list(log_var.shape)}"
+            raise ValueError(f"{given}: both need to be [batch, {self.latent_size}]")
         epsilon = torch.randn_like(mean)
         return torch.exp(0.5 * log_var) * epsilon + mean
 
@@ -42,11 +42,7 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self,
-        image_resolution: tuple[int, int],
-        image_channels: int,
-        latent_size: int,
-        batch_norm: bool = False,
+        self, image_resolution: HxW, image_channels: int, latent_size: int, batch_norm: bool = False
     ) -> None:
         super().__init__()
         channels, h, w = feature_shape(image_resolution)
@@ -86,11 +82,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self,
-        image_resolution: tuple[int, int],
-        image_channels: int,
-        latent_size: int,
-        batch_norm: bool = False,
+        self, image_resolution: HxW, image_channels: int, latent_size: int, batch_norm: bool = False
     ) -> None:
         super().__init__()
         channels, h, w = self.feature_shape = feature_shape(image_resolution)
@@ -113,15 +105,13 @@ class Decoder(nn.Module):
         return self.act3(self.deconv3(x))
 
 
-def feature_shape(image_resolution: tuple[int, int]) -> tuple[int, int, int]:
+def feature_shape(image_resolution: HxW) -> tuple[int, int, int]:
     """Return [channels, height, width] of the features between the blocks and the linear layers.
 
     ``ValueError`` for a resolution that cannot be halved three times and doubled back.
     """
     height, width = image_resolution
     if height < 8 or width < 8 or height % 8 or width % 8:
-        raise ValueError(
-            f"image resolution is {height}x{width} (height x width): both need to be positive "
-            "multiples of 8, because three poolings halve them three times"
-        )
+        given = f"image resolution is {height}x{width} (height x width)"
+        raise ValueError(f"{given}: both need to be positive multiples of 8, to be halved 3 times")
     return 64, height // 8, width // 8

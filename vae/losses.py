@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LIKELIHOODS = ("gaussian", "bernoulli")
-
 
 class ELBOLoss(nn.Module):
     """Reconstruction loss + beta * KL(q(z | x) || p(z)), mean over the batch.
@@ -28,8 +26,8 @@ class ELBOLoss(nn.Module):
         super().__init__()
         if not (math.isfinite(beta) and beta >= 0):
             raise ValueError(f"beta is {beta}: a finite number of at least 0 is needed")
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood is {likelihood!r}: one of {', '.join(LIKELIHOODS)}")
+        if likelihood not in ("gaussian", "bernoulli"):
+            raise ValueError(f"likelihood is {likelihood!r}: gaussian or bernoulli is needed")
         self.beta = beta
         self.likelihood = likelihood
 
@@ -44,11 +42,9 @@ class ELBOLoss(nn.Module):
         broadcast silently.
         """
         if original.shape != reconstruction.shape or latent_mean.shape != latent_log_var.shape:
-            shapes = original, reconstruction, latent_mean, latent_log_var
-            raise ValueError(
-                f"the loss was given shapes {[list(each.shape) for each in shapes]}: original and "
-                "reconstruction need the same one, and so do latent_mean and latent_log_var"
-            )
+            given = original, reconstruction, latent_mean, latent_log_var
+            shapes = [list(each.shape) for each in given]
+            raise ValueError(f"shapes {shapes}: the first two need to be alike, the last two too")
         kl_loss = self.kl_loss(latent_mean, latent_log_var)
         reconstruction_loss = self.reconstruction_loss(original, reconstruction)
         total_loss = self.beta * kl_loss + reconstruction_loss

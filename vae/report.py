@@ -83,15 +83,13 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
         raise run.diverged(options.epochs)
     latents = fit_latents(model, train.batches())
     features = PCA(test.batches, 64)
-    samples = evaluate_samples(model, latents, test.batches, features)
-    pca = evaluate_pca(train.batches, test.batches, options.latent_size, features)
     metrics: dict[str, Any] = {
         "dataset": options.dataset,
         "epochs": options.epochs,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         **scores,
-        "samples": {"frechet": samples},
-        "pca": pca,
+        "samples": {"frechet": evaluate_samples(model, latents, test.batches, features)},
+        "pca": evaluate_pca(train.batches, test.batches, options.latent_size, features),
         "seconds": seconds,
         "device": str(run.device),
         "versions": {"python": platform.python_version()}
@@ -123,9 +121,7 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
 
 def write_latents(writer: SummaryWriter, model: VAE, test: InMemory, epoch: int) -> None:
     """Write test latents with thumbnails and species to TensorBoard's Projector."""
-    # The Projector shows up to 8,192 x 8,192 pixels of thumbnails; five hundred are enough.
-    count = min(500, (8192 // model.image_resolution[0]) ** 2)
-    step = -(-len(test) // count)
+    step = -(-len(test) // 500)  # the Projector shows up to 8,192 x 8,192 pixels of thumbnails
     pictures, labels = test.images(slice(None, None, step)), test.labels[::step]
     device = next(model.parameters()).device
     means = torch.cat([model.encoder(batch.to(device))[0] for batch in pictures.split(64)])

@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 from torch.optim import Optimizer
 
-from datasets import DATASETS, choose_dataset, find_dataset
+from datasets import find_dataset
 from datasets.preprocessing import InMemory, UserError
 from vae.vae import VAE
 
@@ -34,8 +34,7 @@ from vae.vae import VAE
 FREE = {"data_root", "device", "checkpoint_every"}
 
 # What a run that ended before its first checkpoint has left; a new one may begin there.
-EVENTS = "events.out.tfevents."
-START = (EVENTS, "loss_", ".lock", ".checkpoint.pt.")
+START = ("events.out.tfevents.", "loss_", ".lock", ".checkpoint.pt.")
 
 
 class Stopped(KeyboardInterrupt):
@@ -57,10 +56,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
         return
-    except UserError as error:
-        status, line = 2, f"error: {error}"
-    except (FloatingPointError, OSError) as error:
-        status, line = 1, f"error: {error}"
+    except (UserError, FloatingPointError, OSError) as error:
+        status, line = 2 if isinstance(error, UserError) else 1, f"error: {error}"
     except (MemoryError, RuntimeError) as error:
         kinds = (MemoryError, torch.OutOfMemoryError)
         if not isinstance(error, kinds) and "DefaultCPUAllocator" not in str(error):
@@ -80,9 +77,8 @@ def one_line_errors() -> Iterator[None]:
 
 def command_line(*arguments: str) -> str:
     """Return this script's command with other arguments, as it works where it is printed."""
-    if getattr(builtins, "__IPYTHON__", False):
-        return f"%run {quote([sys.argv[0], *arguments])}"
-    return quote([sys.executable, sys.argv[0], *arguments])
+    program = "%run" if getattr(builtins, "__IPYTHON__", False) else sys.executable
+    return quote([program, sys.argv[0], *arguments])
 
 
 def quote(words: list[str]) -> str:
@@ -108,12 +104,8 @@ class Run(ExitStack):
         super().__init__()
         self.folder, self.resume = Path(folder), resume
         self.device = find_device(options.device)
-        places = choose_dataset(options.dataset, options.data_root), options.data_root
-        self.dataset = find_dataset(*places)
-        # Whole paths, so that a run can be resumed from any folder.
-        folder, root = (os.path.abspath(os.path.expanduser(path)) for path in places)
-        dataset = places[0] if places[0] in DATASETS else folder
-        self.options = replace(options, dataset=dataset, data_root=root)
+        name, self.dataset = find_dataset(options.dataset, options.data_root)
+        self.options = replace(options, dataset=name)
         self.started, self.stop_requested, self.in_epoch = time.perf_counter(), 0, False
 
     def __enter__(self) -> "Run":
@@ -123,14 +115,13 @@ class Run(ExitStack):
         if self.resume and "checkpoint.pt" not in names:
             raise UserError(f"{self.folder} has no checkpoint.pt: give the folder of a run")
         if not self.resume and not all(name.startswith(START) for name in names):
-            advice = "give another --run-name, or --resume a run"
-            raise UserError(f"{self.folder} is not empty: {advice}")
+            raise UserError(f"{self.folder} is not empty: give another --run-name, or --resume it")
         try:
             self.enter_context(FileLock(self.folder / ".lock", timeout=0))
         except Timeout:
             raise UserError(f"another run is writing to {self.folder}: wait for it") from None
         if not self.resume:  # TensorBoard would mix a new run with one that failed at once
-            for path in self.folder.rglob(f"{EVENTS}*"):
+            for path in self.folder.rglob(f"{START[0]}*"):
                 path.unlink()
         self.enter_context(own_random(self.device))
         torch.manual_seed(self.options.seed)  # the same first weights for the same seed
@@ -173,12 +164,11 @@ class Run(ExitStack):
 
     def begin(self, model: VAE, optimiser: Optimizer, *splits: InMemory) -> int:
         """Return the epoch to begin with; take up the checkpoint of a run to resume."""
-        pictures = 0
+        self.pictures = 0
         for split in splits:
-            pictures = zlib.crc32(split.pixels.numpy().data, pictures)
-        channels, *resolution = splits[0][0][0].shape
-        shape = {"image_resolution": resolution, "image_channels": channels}
-        self.config, self.pictures = asdict(self.options) | shape, pictures
+            self.pictures = zlib.crc32(split.pixels.numpy().data, self.pictures)
+        channels, *size = splits[0][0][0].shape
+        self.config = asdict(self.options) | {"image_resolution": size, "image_channels": channels}
         epoch = self.restore(model, optimiser) if self.resume else 0
         self.in_epoch = epoch < self.options.epochs
         return epoch
@@ -224,9 +214,9 @@ class Run(ExitStack):
             model.load_state_dict(checkpoint["model"])
             # Adam trusts what it is given; in a tensor like the weight it finds what it expects.
             for index, weight in enumerate(model.parameters()):
-                like = {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}
-                for name, own in like.items():
-                    state[index][name] = torch.empty_like(own).copy_(state[index][name])
+                for name in ("step", "exp_avg", "exp_avg_sq"):
+                    own = torch.tensor(0.0) if name == "step" else torch.empty_like(weight)
+                    state[index][name] = own.copy_(state[index][name])
             optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
             self.started -= checkpoint["seconds"]
         return epoch
@@ -279,10 +269,9 @@ def check_same_experiment(config: dict[str, Any], options: Any) -> None:
         if now != config.get(name) and name not in FREE and not (more and name == "epochs")
     ]
     if changes:
-        raise UserError(
-            f"a resumed run stays the same experiment: leave out {', '.join(changes)} "
-            "(--epochs may grow where both schedules are constant)"
-        )
+        more = "--epochs may grow where both schedules are constant"
+        given = f"a resumed run stays the same experiment: leave out {', '.join(changes)}"
+        raise UserError(f"{given} ({more})")
 
 
 def find_device(name: str) -> torch.device:

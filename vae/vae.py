@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vae.layers import Decoder, Encoder, SampleLatent
+from vae.layers import Decoder, Encoder, HxW, SampleLatent
 
 
 class VAE(nn.Module):
@@ -15,11 +15,7 @@ class VAE(nn.Module):
     """
 
     def __init__(
-        self,
-        image_resolution: tuple[int, int],
-        latent_size: int,
-        image_channels: int,
-        batch_norm: bool = False,
+        self, image_resolution: HxW, latent_size: int, image_channels: int, batch_norm: bool = False
     ) -> None:
         super().__init__()
         self.image_resolution = image_resolution

@@ -12,7 +12,7 @@ from torchvision.datasets import Flowers102
 from torchvision.transforms import Compose, Resize, ToTensor
 
 import datasets
-from datasets import DATASETS, choose_dataset, download, find_dataset
+from datasets import DATASETS, download, find_dataset
 from datasets.folder import PictureFolder
 from datasets.preprocessing import InMemory, UserError
 
@@ -39,23 +39,24 @@ def stall(server, handler) -> None:
     server.say_nothing(handler)
 
 
-# choose_dataset().
+# The data set "auto".
 
 
-def test_auto_takes_flowers_on_disk_and_any_other_name_stays(server, data_root):
-    assert choose_dataset("auto", data_root) == "flowers102"
-    for name in ("flowers102", "dtd", "some/folder"):
-        assert choose_dataset(name, data_root.parent) == name
+def test_auto_takes_flowers_on_disk_and_any_other_name_stays(server, data_root, tmp_path):
+    assert find_dataset("auto", data_root)[0] == "flowers102"
+    for name in ("flowers102", "synthetic", str(tmp_path)):
+        assert find_dataset(name, data_root)[0] == name
     assert server.asked_for == []
 
 
 def test_auto_downloads_what_is_not_on_disk(server, tmp_path):
-    assert choose_dataset("auto", tmp_path) == "flowers102"
+    assert find_dataset("auto", tmp_path)[0] == "flowers102"
     assert len(Flowers102(tmp_path, "test")) == 34
 
 
 def test_auto_takes_synthetic_flowers_where_no_server_is_and_says_why(no_server, tmp_path, capsys):
-    assert choose_dataset("auto", tmp_path) == "synthetic"
+    name, dataset = find_dataset("auto", tmp_path)
+    assert (name, len(dataset(split="val"))) == ("synthetic", 1020)
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "warning" in each]
     reason = f"warning: flowers102 is not in {tmp_path} and its server cannot be reached"
     assert line.startswith(reason)
@@ -69,15 +70,16 @@ def test_auto_takes_synthetic_flowers_where_no_server_is_and_says_why(no_server,
 def test_a_damaged_download_is_no_reason_to_fall_back(server, tmp_path, fault):
     server.faults[ARCHIVE] = getattr(server, fault)
     with pytest.raises(UserError, match="download of flowers102 is damaged"):
-        choose_dataset("auto", tmp_path)
+        find_dataset("auto", tmp_path)
 
 
-# find_dataset().
+# Other names.
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_flowers_are_torchvisions_bit_for_bit(data_root, split):
-    pictures = InMemory(find_dataset("flowers102", data_root)(split=split, transform=PIPELINE))
+    _, dataset = find_dataset("flowers102", data_root)
+    pictures = InMemory(dataset(split=split, transform=PIPELINE))
     expected = Flowers102(data_root, split, transform=PIPELINE)
     assert len(pictures) == len(expected)
     assert pictures.classes == expected.classes
@@ -93,7 +95,8 @@ def test_a_folder_is_a_data_set(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in (str(tmp_path / "photographs"), "photographs", "~/photographs"):
-        val = find_dataset(name, tmp_path / "elsewhere")(split="val", transform=PIPELINE)
+        _, dataset = find_dataset(name, tmp_path / "elsewhere")
+        val = dataset(split="val", transform=PIPELINE)
         assert isinstance(val, PictureFolder)
         assert val[0][0].shape == (3, 8, 8)
 
@@ -110,7 +113,6 @@ def test_another_name_is_refused_in_one_line_that_has_all_names(tmp_path, name):
 def test_a_data_root_that_cannot_be_written_to_is_an_error_of_its_own(server, tmp_path, name):
     (tmp_path / "data").write_text("a file where the folder should be")
     with pytest.raises(OSError, match=f"{tmp_path / 'data'}") as error:
-        choose_dataset(name, tmp_path / "data")
         find_dataset(name, tmp_path / "data")
     assert not isinstance(error.value, ConnectionError)
 
@@ -141,7 +143,7 @@ class Stamps(Dataset):
 
 def test_a_class_of_the_readers_own_is_one_more_entry(tmp_path, monkeypatch, cache_folder):
     monkeypatch.setitem(DATASETS, "stamps", Stamps)
-    dataset = find_dataset("stamps", tmp_path)
+    _, dataset = find_dataset("stamps", tmp_path)
     assert names_in(tmp_path) == {"stamps"}
     pictures = InMemory(dataset(split="val", transform=PIPELINE))
     assert pictures.pixels[:, 0, 0, 0].tolist() == [3, 4, 5]

@@ -17,7 +17,7 @@ from vae.evaluation import (
     evaluate_samples,
     frechet_distance,
 )
-from vae.losses import LIKELIHOODS, ELBOLoss
+from vae.losses import ELBOLoss
 from vae.vae import VAE
 
 
@@ -61,7 +61,7 @@ def test_the_squared_errors_and_the_kl_are_means_over_the_images_not_over_the_ba
     assert metrics["kl"] == pytest.approx(expected.sum().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
 def test_the_losses_are_those_of_the_loss_itself_over_the_whole_split(model, images, likelihood):
     loss = ELBOLoss(0.3, likelihood)
     with seeded(1):
@@ -150,8 +150,6 @@ def test_pca_is_measured_as_a_full_svd_measures_it(components):
     expected = torch.square(test - decoded).sum().item() / 60
     assert pca["squared_error"] == pytest.approx(expected, rel=1e-3)
     assert pca["components"] == components
-    expected = frechet_distance(features.encode([decoded.float()]), features.encode([test]))
-    assert pca["frechet"]["reconstructions"] == pytest.approx(expected, rel=1e-2)
 
 
 def test_pcas_samples_are_of_the_gaussian_of_the_training_images():

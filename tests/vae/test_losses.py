@@ -84,7 +84,7 @@ def test_a_beta_below_0_or_not_finite_is_refused(beta):
 
 
 def test_an_unknown_likelihood_is_refused():
-    with pytest.raises(ValueError, match="'poisson': one of gaussian, bernoulli"):
+    with pytest.raises(ValueError, match="'poisson': gaussian or bernoulli is needed"):
         ELBOLoss(1, "poisson")
 
 
@@ -94,7 +94,7 @@ def test_images_that_would_be_broadcast_are_refused(shape):
         with pytest.raises(ValueError) as error:
             ELBOLoss(1)(torch.rand(original), torch.rand(reconstruction), latents(0), latents(1))
         assert f"shapes [{list(original)}, {list(reconstruction)}, [3, 6]" in str(error.value)
-        assert "original and reconstruction need the same one" in str(error.value)
+        assert "the first two need to be alike" in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (1, 6), (6,), (1, 3, 6)])
@@ -102,5 +102,5 @@ def test_latents_that_would_be_broadcast_are_refused(shape):
     for mean, log_var in (((3, 6), shape), (shape, (3, 6))):
         with pytest.raises(ValueError) as error:
             ELBOLoss(1)(images(0), images(1), torch.zeros(mean), torch.zeros(log_var))
-        assert f"{list(mean)}, {list(log_var)}]: " in str(error.value)
-        assert "so do latent_mean and latent_log_var" in str(error.value)
+        assert f"{list(mean)}, {list(log_var)}]: the first two" in str(error.value)
+        assert "the last two too" in str(error.value)

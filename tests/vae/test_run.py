@@ -132,13 +132,6 @@ def test_a_new_run_begins_in_no_folder_that_holds_anything(finished, folder):
     assert [path.name for path in folder.iterdir()] == ["precious.txt"]
 
 
-def test_paths_in_a_runs_options_are_whole(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
-    options = open_run(folder, dataset="pictures", data_root="data").options
-    assert (options.dataset, options.data_root) == (f"{tmp_path}/pictures", f"{tmp_path}/data")
-
-
 @pytest.mark.parametrize("name", ["cuda:99", "xpu", "mps", "cpu:x", "meta", "toaster", ""])
 def test_a_device_that_is_not_there_is_refused_in_one_line(name):
     with pytest.raises(UserError, match=f"device {name} is not available here: .+") as error:
