@@ -104,8 +104,9 @@ class Run(ExitStack):
         super().__init__()
         self.folder, self.resume = Path(folder), resume
         self.device = find_device(options.device)
-        name, self.dataset = find_dataset(options.dataset, options.data_root)
-        self.options = replace(options, dataset=name)
+        root = os.path.abspath(os.path.expanduser(options.data_root))  # to resume from any folder
+        name, self.dataset = find_dataset(options.dataset, root)
+        self.options = replace(options, dataset=name, data_root=root)
         self.started, self.stop_requested, self.in_epoch = time.perf_counter(), 0, False
 
     def __enter__(self) -> "Run":
@@ -269,9 +270,8 @@ def check_same_experiment(config: dict[str, Any], options: Any) -> None:
         if now != config.get(name) and name not in FREE and not (more and name == "epochs")
     ]
     if changes:
-        more = "--epochs may grow where both schedules are constant"
-        given = f"a resumed run stays the same experiment: leave out {', '.join(changes)}"
-        raise UserError(f"{given} ({more})")
+        rule = "a resumed run stays the same experiment (--epochs may grow with constant schedules)"
+        raise UserError(f"{rule}: leave out {', '.join(changes)}")
 
 
 def find_device(name: str) -> torch.device:
