@@ -39,7 +39,7 @@ class Settings:
     checkpoint: Path | None = None  # model; if none is given: the newest in --log-dir
     log_dir: Path = RUNS  # folder of all runs
     output: Path | None = None  # file to write; if none is given: the command's name
-    crop: bool = False  # take the middle square of each picture, do not squeeze it
+    crop: bool = False  # keep the middle square of each picture, do not squeeze it
     seed: int = 0  # of all that is drawn
     device: str = "auto"  # cpu, cuda, mps ...; auto: an accelerator, if there is one
 

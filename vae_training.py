@@ -29,29 +29,29 @@ class Options:
 
     # flowers102, dtd, synthetic or a folder of pictures; auto: flowers102, or synthetic if offline
     dataset: str = "auto"
-    data_root: str = str(ROOT / "datasets")  # folder that holds flowers-102, or will
+    data_root: str = str(ROOT / "datasets")  # folder of flowers-102, downloaded to it if missing
     image_size: int = 32  # height and width in pixels, a multiple of 8
-    crop: bool = False  # take the middle square of each picture, do not squeeze it
+    crop: bool = False  # keep the middle square of each picture, do not squeeze it
     augment: bool = False  # flip, shift, turn, zoom and tint the training pictures at random
 
     latent_size: int = 10  # latent dimensions
     batch_norm: bool = False  # batch normalisation in encoder and decoder
-    likelihood: Literal["gaussian", "bernoulli"] = "gaussian"  # reconstruction loss
-    beta: float = 0.1  # weight of the KL divergence; 1 is the ELBO
-    beta_schedule: Literal["constant", "linear", "cyclical"] = "constant"  # schedule of beta
-    warmup_epochs: int = 100  # length of the linear warm-up of beta from 0
-    cycles: int = 4  # cycles of the cyclical schedule of beta
+    likelihood: Literal["gaussian", "bernoulli"] = "gaussian"  # squared error or cross-entropy
+    beta: float = 0.1  # weight of the KL divergence; 1 is the weight in the ELBO
+    beta_schedule: Literal["constant", "linear", "cyclical"] = "constant"  # beta rises from 0
+    warmup_epochs: int = 100  # linear: in how many epochs beta rises
+    cycles: int = 4  # cyclical: how many times beta rises
 
     epochs: int = 500  # passes over the training pictures
     batch_size: int = 64  # pictures in a batch
     learning_rate: float = 0.0001  # of Adam
-    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: falls to 0
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: it falls to 0
     seed: int = 0  # of weights, order and noise: a run repeats exactly
     device: str = "auto"  # cpu, cuda, cuda:1, mps or xpu; auto: an accelerator, if there is one
     checkpoint_every: int = 10  # epochs between two checkpoints
 
     def __post_init__(self) -> None:
-        """Raise ``UserError`` for a value that cannot be."""
+        """Raise ``UserError`` for an impossible value."""
         check_options(self)
 
 
@@ -62,17 +62,17 @@ BEST = Options(epochs=1500, learning_rate=0.002, lr_schedule="cosine", augment=T
 def train(
     options: Options, folder: Path | str, resume: bool = False, progress: bool = True
 ) -> tuple[VAE, dict[str, Any]]:
-    """Run the post's training loop in ``folder``; go on with the run that is there if ``resume``.
+    """Run the post's training loop in ``folder``; ``resume`` goes on with the run there.
 
-    Returns the model and what ``metrics.json`` has. ``UserError`` if options, pictures and folder
-    do not fit, ``FloatingPointError`` if a loss or weight stops being finite.
+    Returns the model and what is in ``metrics.json``. ``UserError`` if options, pictures and folder
+    do not fit together, ``FloatingPointError`` if a loss or weight stops being finite.
     """
     size, num_epochs = options.image_size, options.epochs
-    with Run(options, folder, resume) as run:  # the folder's lock, random numbers and Ctrl-C
-        # Squeeze every picture, as in the post, or cut its middle out
+    with Run(options, folder, resume) as run:  # locks the folder; lets Ctrl-C wait for an epoch
+        # Squeeze every picture into a square, as in the post, or keep only its middle square
         crop = [Resize(size), CenterCrop(size)] if options.crop else [Resize((size, size))]
         pipeline = Compose([*crop, ToTensor()])
-        # Load with it Flowers102, or what --dataset names, each picture decoded once
+        # Load Flowers102, or what --dataset names; decode each picture once, through the pipeline
         training_data = InMemory(run.dataset(split="train", transform=pipeline), progress)
         validation_data = InMemory(run.dataset(split="val", transform=pipeline), progress)
         test_data = InMemory(run.dataset(split="test", transform=pipeline), progress)
@@ -83,23 +83,23 @@ def train(
         test_dataloader = DataLoader(test_data, batch_size=5, shuffle=True)
 
         # Initialize model, loss and optimiser
-        channels, _, _ = training_data[0][0].shape
+        channels = len(training_data[0][0])  # 3 for RGB; an item is a picture and its label
         model = VAE((size, size), options.latent_size, channels, options.batch_norm)
-        # In this memory format convolutions are faster; fused=True takes all weights in one step
+        # For speed alone: channels_last for the convolutions, fused for Adam's step
         model.to(run.device).to(memory_format=torch.channels_last)
         loss = ELBOLoss(options.beta, options.likelihood)
         optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate, fused=True)
         first_epoch = run.begin(model, optimiser, *splits)  # 0, or where a resumed run goes on
-        writer = run.enter_context(SummaryWriter(folder))
+        writer = run.enter_context(SummaryWriter(folder))  # closed when the run ends
         if progress:
             print(opening(run, model, splits, first_epoch))
-        # Main training loop
+        # Main training loop; None shows its progress bar on terminals only
         batch_num = first_epoch * len(train_dataloader)
         bar = {"initial": first_epoch, "total": num_epochs, "disable": None if progress else True}
         for epoch in tqdm(range(first_epoch, num_epochs), dynamic_ncols=True, **bar):
-            run.seed(epoch)  # so that a resumed run draws what the whole run would have drawn
-            loss.beta = run.beta_at(epoch)  # Both stay as they are, as in the post,
-            optimiser.param_groups[0]["lr"] = run.learning_rate_at(epoch)  # without a schedule
+            run.seed(epoch)  # so that a resumed run draws the same noise as an unbroken one
+            loss.beta = run.beta_at(epoch)  # constant, as in the post, or --beta-schedule
+            optimiser.param_groups[0]["lr"] = run.learning_rate_at(epoch)  # or --lr-schedule
             model.train()
             for train_features, _ in train_dataloader:
                 train_features = train_features.to(run.device, memory_format=torch.channels_last)
@@ -124,19 +124,19 @@ def train(
 
             # At the end of every epoch, create reconstructions of one batch of test data
             model.eval()
-            test_features, _ = next(iter(test_dataloader))  # shuffled anew, so it cannot run out
+            test_features, _ = next(iter(test_dataloader))  # others in every epoch
             with torch.no_grad():
                 reconstructions, means, log_vars = model(test_features.to(run.device))
             writer.add_image("originals", make_grid(test_features), epoch)
             writer.add_image("reconstructions", make_grid(reconstructions), epoch)
-            write_validation(writer, model, loss, splits, epoch)  # beyond the post
+            write_validation(writer, model, loss, splits, epoch)  # beyond the post: samples
             if progress:
                 tqdm.write(
                     f"Epoch: {epoch}, Reconstruction Loss: {reconstruction_loss:.2f}, "
                     f"KL Loss: {kl_loss:.2f}, Total Loss: {total_loss:.2f}"
                 )
-            run.save(model, optimiser, epoch + 1)  # every ten epochs, and where Ctrl-C ends the run
-        run.seed(num_epochs)
+            run.save(model, optimiser, epoch + 1)  # if --checkpoint-every or Ctrl-C asks for it
+        run.seed(num_epochs)  # the report draws the same, resumed or not
         return model, report(run, writer, model, splits)
 
 
@@ -145,7 +145,7 @@ class Command:
     """Train a variational autoencoder, as in the post or as the options say."""
 
     experiment: tyro.conf.OmitArgPrefixes[Options] = Options()
-    preset: Literal["post", "best"] = "post"  # what the options start from
+    preset: Literal["post", "best"] = "post"  # the other options' defaults
     log_dir: Path = ROOT / "vae" / "runs"  # folder of all runs
     run_name: str = ""  # folder of this run; if none is given: date, time and data set
     resume: str = ""  # go on with a run: its name or its folder
@@ -154,14 +154,14 @@ class Command:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says, and say how good the model is."""
     with one_line_errors():
-        read = partial(tyro.cli, Command, prog="vae_training.py", args=arguments)
-        command = read()
+        parse = partial(tyro.cli, Command, prog="vae_training.py", args=arguments)
+        command = parse()
         if command.resume and command.preset == "best":
             raise UserError("a resumed run keeps its own settings: leave out --preset")
         folder = folder_of(command)
-        if command.resume or command.preset == "best":  # read once more, with other defaults
+        if command.resume or command.preset == "best":  # once more, from other defaults
             start = saved_options(Options, folder) if command.resume else BEST
-            command = read(default=Command(start))
+            command = parse(default=Command(start))
         _, metrics = train(command.experiment, folder, bool(command.resume))
         print(summary(metrics, folder))
 
