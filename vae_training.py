@@ -38,7 +38,7 @@ class Options:
     batch_norm: bool = False  # batch normalisation in encoder and decoder
     likelihood: Literal["gaussian", "bernoulli"] = "gaussian"  # squared error or cross-entropy
     beta: float = 0.1  # weight of the KL divergence; 1 is the weight in the ELBO
-    beta_schedule: Literal["constant", "linear", "cyclical"] = "constant"  # beta rises from 0
+    beta_schedule: Literal["constant", "linear", "cyclical"] = "constant"  # the others rise from 0
     warmup_epochs: int = 100  # linear: in how many epochs beta rises
     cycles: int = 4  # cyclical: how many times beta rises
 
