@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks import training_speed
-from benchmarks.training_speed import eight_times, main, plain_vae, row
+from benchmarks.training_speed import eight_times, main, plain_vae, row, watch
 from vae.vae import VAE
+from vae_training import Options
 
 
 def test_it_prints_a_table_of_what_was_measured(data_root, monkeypatch, capsys):
@@ -28,6 +29,14 @@ def test_eight_times_as_many_are_the_training_pictures_over_and_over(data_root):
     assert len(eight_times(data_root, "val")) == 6
     assert len(eight_times(data_root, "train")) == 8 * 20
     assert eight_times(data_root, "train")[25][1] == eight_times(data_root, "train")[5][1]
+
+
+def test_an_epoch_is_timed_from_its_first_step_to_the_next_ones(monkeypatch):
+    clock = iter(range(100, 200, 10))  # ten seconds a step
+    monkeypatch.setattr(training_speed.time, "perf_counter", lambda: next(clock))
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    way = lambda *_: [optimiser.step() for _ in range(6)]  # noqa: E731
+    assert watch(way, Options(epochs=3))["epoch"] == 20
 
 
 def test_ratios_are_taken_within_a_round():

@@ -89,6 +89,15 @@ def test_subfolders_train_val_and_test_are_the_splits(tmp_path):
     assert names_of(folder, "test") == ["test/4.png"]
 
 
+def test_one_or_two_of_these_subfolders_are_species_and_no_splits(tmp_path):
+    names = [f"{where}/{name}" for where in ("train", "test") for name in numbers(0, 30)]
+    folder = fill(tmp_path, *names)
+    assert names_of(folder, "train") == [
+        name for name in sorted(names) if split_of(name) == "train"
+    ]
+    assert PictureFolder(folder, "val").classes == ["test", "train"]
+
+
 def test_a_split_that_stays_empty_says_how_many_pictures_it_takes(tmp_path):
     fill(tmp_path, "1.png")
     empty = next(split for split in SPLITS if split != split_of("1.png"))
