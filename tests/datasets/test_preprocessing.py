@@ -52,8 +52,8 @@ def test_a_picture_is_turned_upright_transparent_becomes_white_and_16_bits_becom
     for name in ("two.png", "two.gif"):
         Image.fromarray(np.array([[[0, 0, 0, 0], [0, 0, 0, 255]]], np.uint8)).save(tmp_path / name)
         assert np.asarray(read_picture(tmp_path / name))[0, :, 0].tolist() == [255, 0]
-    Image.fromarray(np.array([[0, 257, 128 * 257, 65535]], np.uint16)).save(tmp_path / "3.png")
-    assert np.asarray(read_picture(tmp_path / "3.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
+    Image.fromarray(np.array([[0, 257, 200 * 257, 65535]], np.uint16)).save(tmp_path / "3.png")
+    assert np.asarray(read_picture(tmp_path / "3.png"))[0, :, 0].tolist() == [0, 1, 200, 255]
 
 
 @pytest.mark.parametrize(

@@ -317,9 +317,11 @@ def test_a_finished_run_that_grows_ends_as_if_it_had_been_longer(finished, tmp_p
     assert (read_losses(finished) == read_losses(tmp_path / "whole")).all()
 
 
-def test_a_finished_run_is_measured_again_and_is_the_same(finished, whole):
-    train_small(finished, True)
-    assert_same_run(finished, whole)
+def test_a_finished_run_is_measured_again_and_is_the_same(folder, tmp_path):
+    train_small(folder, batch_norm=True)
+    before = shutil.copytree(folder, tmp_path / "before")
+    train_small(folder, True, batch_norm=True)
+    assert_same_run(folder, before)
 
 
 def test_time_counts_on_in_a_resumed_run(finished):
@@ -396,6 +398,16 @@ def test_an_error_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, e
         assert path.read_bytes() == b"old"
         raise error
     assert content(tmp_path) == {"file": b"old"}
+
+
+def test_what_a_link_points_to_is_replaced_and_what_is_no_file_is_not(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with replace_atomically(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"new"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="is not a file"), replace_atomically(tmp_path / "folder"):
+        pass
 
 
 @pytest.mark.parametrize("make", [lambda path: None, os.mkdir, os.mkfifo])
