@@ -21,11 +21,6 @@ FILES = (ARCHIVE, "imagelabels.mat", "setid.mat")
 PIPELINE = Compose([Resize((8, 8)), ToTensor()])
 
 
-@pytest.fixture(autouse=True)
-def _short_time_out(monkeypatch) -> None:
-    monkeypatch.setattr(datasets, "TIMEOUT", 0.3)
-
-
 def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -202,7 +197,10 @@ def test_after_a_damaged_download_nothing_is_left_and_the_next_succeeds(
 
 @pytest.mark.parametrize("name", [ARCHIVE, "setid.mat"])
 @pytest.mark.parametrize("fault", ["say_nothing", "stall", "fail", "speak_another_language"])
-def test_a_server_that_does_not_answer_counts_as_unreachable(server, tmp_path, name, fault):
+def test_a_server_that_does_not_answer_counts_as_unreachable(
+    server, tmp_path, monkeypatch, name, fault
+):
+    monkeypatch.setattr(datasets, "TIMEOUT", 0.3)
     server.faults[name] = partial(stall, server) if fault == "stall" else getattr(server, fault)
     with pytest.raises(ConnectionError, match="cannot be reached") as error:
         download("flowers102", tmp_path)
