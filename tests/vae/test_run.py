@@ -346,7 +346,7 @@ def test_a_resumed_run_stays_the_same_experiment(finished, changes, message):
 @pytest.mark.parametrize("schedule", [{"lr_schedule": "cosine"}, {"beta_schedule": "cyclical"}])
 def test_a_run_with_a_schedule_does_not_grow(folder, schedule):
     train_small(folder, **schedule)
-    with pytest.raises(UserError, match="may grow .*: leave out --epochs 4"):
+    with pytest.raises(UserError, match="leave out --epochs 4"):
         train_small(folder, True, epochs=4, **schedule)
 
 
