@@ -218,6 +218,8 @@ def test_crop_takes_the_middle_in_the_models_shape_and_squeezes_nothing(draw, sh
     red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, *shape)
     cropped = draw("similar a.png --crop", path).images[0]
     assert torch.allclose(cropped, red, atol=0.15)  # the edges are blurred
+    trained_so = write_small("cropped.pt", shape=(shape, 4, 3), crop=True)
+    assert torch.equal(draw("similar a.png", trained_so).images[0], cropped)
     squeezed = draw("similar a.png", path).images[0]
     assert torch.equal(squeezed, Compose([Resize(shape), ToTensor()])(image))
 
