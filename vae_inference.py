@@ -39,7 +39,7 @@ class Settings:
     checkpoint: Path | None = None  # model; if none is given: the newest in --log-dir
     log_dir: Path = RUNS  # folder of all runs
     output: Path | None = None  # file to write; if none is given: the command's name
-    crop: bool = False  # keep the middle square of each picture, do not squeeze it
+    crop: bool = False  # keep the middle square, as a model trained with --crop does by itself
     seed: int = 0  # of all that is drawn
     device: str = "auto"  # cpu, cuda, mps ...; auto: an accelerator, if there is one
 
@@ -141,7 +141,7 @@ def drawing(
         to_input = as_in_training(config, settings.crop)
         images = [to_input(read_picture(path))[None].to(device) for path in pictures]
         if not latents:
-            print("warning: its run has not ended: the prior stands in", file=sys.stderr)
+            print("warning: its run has not ended: drawn from the prior, so worse", file=sys.stderr)
             latents = prior(model)
         torch.manual_seed(settings.seed % 2**64)
         with replace_atomically(output) as file, torch.inference_mode():

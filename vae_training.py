@@ -147,8 +147,8 @@ class Command:
     experiment: tyro.conf.OmitArgPrefixes[Options] = Options()
     preset: Literal["post", "best"] = "post"  # the other options' defaults
     log_dir: Path = ROOT / "vae" / "runs"  # folder of all runs
-    run_name: str = ""  # folder of this run; if none is given: date, time and data set
-    resume: str = ""  # go on with a run: its name or its folder
+    run_name: str = ""  # folder of this run; if none is given: date and time
+    resume: str = ""  # name or folder of a run to go on with, for more --epochs too
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

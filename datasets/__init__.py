@@ -43,7 +43,7 @@ def find_dataset(name: str, root: Path | str) -> tuple[str, Callable[..., Any]]:
     if name not in DATASETS:
         folder, names = Path(name).expanduser().absolute(), ", ".join(DATASETS)
         if not folder.is_dir():
-            raise UserError(f"--dataset is {name}: a folder of pictures, auto or one of {names}")
+            raise UserError(f"--dataset is {name}: no such folder, and none of auto, {names}")
         return str(folder), partial(PictureFolder, folder)
     root = Path(root).expanduser()
     dataset = partial(DATASETS[name], root=root)
@@ -58,10 +58,7 @@ def find_dataset(name: str, root: Path | str) -> tuple[str, Callable[..., Any]]:
 
 
 def download(name: str, root: Path) -> None:
-    """Let torchvision download a data set beside ``root``'s content, and move it in when complete.
-
-    What is raised is as in ``find_dataset``.
-    """
+    """Let torchvision download a data set, and move it to ``root`` when it is complete."""
     print(f"Downloading {name} to {root}", file=sys.stderr)
     root.mkdir(parents=True, exist_ok=True)
     before = socket.getdefaulttimeout()

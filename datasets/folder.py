@@ -28,7 +28,11 @@ class PictureFolder(Dataset):
         root = Path(root)
         self._split, self.transform = split, transform
         splits = [root / each for each in ("train", "val", "test")]
-        divided = all(each.is_dir() for each in splits)
+        there = [each.name for each in splits if each.is_dir()]
+        divided = len(there) == 3
+        if there and not divided and split == "train":  # once, not for each split
+            given = f"{root} has {' and '.join(there)}, but not all of train, val and test"
+            print(f"warning: {given}: its pictures are divided anew", file=sys.stderr)
         pictures = []  # of all splits, so that a label means the same in each
         for top in splits if divided else [root]:
             for path in find_pictures(top):
@@ -36,13 +40,11 @@ class PictureFolder(Dataset):
                 species = name.parent.as_posix() if len(name.parts) > 1 else root.name
                 pictures.append((path, species, top.name if divided else split_of(name.as_posix())))
         self.classes = sorted({species for _, species, _ in pictures})
-        mine = [(path, species) for path, species, place in pictures if place == split]
-        self.paths = [path for path, _ in mine]
-        self.labels = [self.classes.index(species) for _, species in mine]
-        if not mine:
-            given = f"{root} has {len(pictures)} pictures and none for its {split} split"
-            advice = "for fewer, make subfolders train, val and test"
-            raise UserError(f"{given}: some 30 divide by themselves; {advice}")
+        self.paths = [path for path, _, place in pictures if place == split]
+        self.labels = [self.classes.index(label) for _, label, place in pictures if place == split]
+        if not self.paths:
+            given = f"{root} has {len(pictures)} pictures, none of them for the {split} split"
+            raise UserError(f"{given}: some 30 are needed, or subfolders train, val and test")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -69,6 +71,6 @@ def find_pictures(root: Path) -> list[Path]:
     files = [root.joinpath(*parts) for parts in below if not any(p[0] == "." for p in parts)]
     passed_over = sum(path.suffix.lower() in (".heic", ".heif") for path in files)
     if passed_over and not heic:
-        how = "pip install pillow-heif, and they are read"
-        print(f"warning: {passed_over} HEIC pictures are passed over: {how}", file=sys.stderr)
+        how = "pip install pillow-heif reads them"
+        print(f"warning: HEIC pictures passed over: {passed_over} ({how})", file=sys.stderr)
     return sorted(path for path in files if path.suffix.lower() in endings and path.is_file())

@@ -17,8 +17,8 @@ REFUSED = {
     "--beta-schedule steep": "invalid choice 'steep' for argument '--beta-schedule'",
     "--likelihood laplace": "Expected one of ('gaussian', 'bernoulli')",
     "--device cuda:99": "error: device cuda:99 is not available here: ",
-    "--dataset mnist": "a folder of pictures, auto or one of flowers102, dtd, synthetic",
-    "--resume nowhere": "error: nowhere/checkpoint.pt is not a file: a checkpoint.pt of a run is ",
+    "--dataset mnist": "no such folder, and none of auto, flowers102, dtd, synthetic",
+    "--resume nowhere": "/nowhere/checkpoint.pt is not a file: a checkpoint.pt of a run is ",
     "--epoch 3": "Perhaps you meant: --epochs INT",
     "flowers": "Unrecognized options: flowers",
 }

@@ -116,7 +116,7 @@ class Run(ExitStack):
         if self.resume and "checkpoint.pt" not in names:
             raise UserError(f"{self.folder} has no checkpoint.pt: give the folder of a run")
         if not self.resume and not all(name.startswith(START) for name in names):
-            raise UserError(f"{self.folder} is not empty: give another --run-name, or --resume it")
+            raise UserError(f"{self.folder} is not empty: take another (--run-name) or --resume it")
         try:
             self.enter_context(FileLock(self.folder / ".lock", timeout=0))
         except Timeout:
@@ -207,7 +207,7 @@ class Run(ExitStack):
         checkpoint = load_checkpoint(path)
         check_same_experiment(checkpoint["config"], self.options)
         if checkpoint.get("pictures") != self.pictures:
-            raise UserError("the run began with other pictures than are there now: it cannot go on")
+            raise UserError("pictures were added, removed or changed since: train a new run")
         with named(path):
             epoch, state = checkpoint["epoch"], checkpoint["optimiser"]
             if epoch not in range(self.options.epochs + 1):
@@ -245,8 +245,8 @@ def check_options(options: Any) -> None:
 def folder_of(command: Any) -> Path:
     """Return the folder of the run that a command line names: to resume, or new."""
     if command.resume:
-        folder = command.log_dir / command.resume
-        return folder if folder.is_dir() else Path(command.resume)
+        folder, other = command.log_dir / command.resume, Path(command.resume)
+        return other if other.is_dir() and not folder.is_dir() else folder
     now, dataset = f"{datetime.now():%Y-%m-%d_%H-%M-%S}", command.experiment.dataset
     if dataset not in ("auto", "flowers102"):
         now += "-" + re.sub(r"[^\w-]+", "-", Path(dataset).name)

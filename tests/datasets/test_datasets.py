@@ -98,7 +98,7 @@ def test_a_folder_is_a_data_set(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mnist", __file__])
 def test_another_name_is_refused_in_one_line_that_has_all_names(tmp_path, name):
-    with pytest.raises(UserError, match=f"--dataset is {name}: a folder of pictures") as error:
+    with pytest.raises(UserError, match=f"--dataset is {name}: no such folder") as error:
         find_dataset(name, tmp_path)
     assert all(name in str(error.value) for name in DATASETS)
     assert "\n" not in str(error.value)

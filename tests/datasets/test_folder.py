@@ -55,7 +55,7 @@ def test_heic_pictures_are_passed_over_with_a_warning_where_nothing_reads_them(
         (tmp_path / name).write_bytes(b"some")
     assert find_pictures(tmp_path) == [tmp_path / "one.jpg"]
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: 2 HEIC pictures are passed over: pip install pillow-heif")
+    assert warning.startswith("warning: HEIC pictures passed over: 2 (pip install pillow-heif")
 
 
 # Splits.
@@ -89,19 +89,23 @@ def test_subfolders_train_val_and_test_are_the_splits(tmp_path):
     assert names_of(folder, "test") == ["test/4.png"]
 
 
-def test_one_or_two_of_these_subfolders_are_species_and_no_splits(tmp_path):
+def test_one_or_two_of_these_subfolders_are_species_and_no_splits_which_is_said(tmp_path, capsys):
     names = [f"{where}/{name}" for where in ("train", "test") for name in numbers(0, 30)]
     folder = fill(tmp_path, *names)
     assert names_of(folder, "train") == [
         name for name in sorted(names) if split_of(name) == "train"
     ]
     assert PictureFolder(folder, "val").classes == ["test", "train"]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "has train and test, but not all of train, val and test" in warning
 
 
 def test_a_split_that_stays_empty_says_how_many_pictures_it_takes(tmp_path):
     fill(tmp_path, "1.png")
     empty = next(split for split in SPLITS if split != split_of("1.png"))
-    with pytest.raises(UserError, match=rf"has 1 pictures and none for its {empty} split") as error:
+    with pytest.raises(
+        UserError, match=rf"has 1 pictures, none of them for the {empty} split"
+    ) as error:
         PictureFolder(tmp_path, empty)
     assert "\n" not in str(error.value)
 
