@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from matplotlib import pyplot
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
 
 from benchmarks import practical_aspects
-from benchmarks.practical_aspects import POST, SETTINGS, main
+from benchmarks.practical_aspects import POST, SETTINGS, main, plot_pictures
 from datasets.preprocessing import UserError
 
 NAMES = ("the post", "the post, 500 epochs", "beta 10", "64x64 pictures")
@@ -70,9 +74,25 @@ def test_a_study_prints_its_table_draws_figures_and_trains_nothing_twice(
     assert times == {path: path.stat().st_mtime_ns for path in runs}
     assert capsys.readouterr().out == table[table.index("| setting") :]
 
+    stopped, *_ = runs
+    stopped.unlink()
+    run_study()
+    assert stopped.exists()
     practical_aspects.RUNS["beta 10"] = replace(POST, beta=9.0)
     with pytest.raises(UserError, match="trained with other options"):
         run_study()
+
+
+def test_the_figure_shows_reconstructions_and_no_photographs(tmp_path):
+    white, black = torch.ones(8, 3, 32, 32), torch.zeros(8, 3, 32, 32)
+    with SummaryWriter(tmp_path) as writer:
+        for epoch in practical_aspects.SHOWN:
+            pairs = make_grid(torch.cat([white, black, white, black]))
+            writer.add_image("test_pairs", pairs, epoch - 1)
+            writer.add_image("samples", make_grid(white), epoch - 1)
+    plot_pictures(tmp_path, tmp_path / "figure.png")
+    reconstructions, *_ = pyplot.gcf().axes
+    assert reconstructions.images[0].get_array().max() == 0
 
 
 def test_settings_differ_and_only_the_post_is_the_posts():

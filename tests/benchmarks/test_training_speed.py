@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks import training_speed
-from benchmarks.training_speed import eight_times, main, plain_vae, row, watch
+from benchmarks.training_speed import eight_times, main, plain_vae, row, train_plainly, watch
 from vae.vae import VAE
-from vae_training import Options
+from vae_training import Options, train
 
 
 def test_it_prints_a_table_of_what_was_measured(data_root, monkeypatch, capsys):
@@ -23,6 +23,15 @@ def test_it_prints_a_table_of_what_was_measured(data_root, monkeypatch, capsys):
     # Whole runs and pythae were left out.
     assert [name[:12] for name, *_ in table[2:]] == ["an epoch's s", "peak memory,", "memory for e"]
     assert all(len(numbers) == 6 and float(numbers[0]) for _, *numbers in table[2:])
+
+
+def test_whole_runs_have_the_posts_500_epochs_both_ways(monkeypatch):
+    seen = []
+    watch = lambda way, options: seen.append((way, options.epochs)) or {"epoch": 1, "MiB": 1}  # noqa: E731
+    monkeypatch.setattr(training_speed, "watch", watch)
+    monkeypatch.setattr(training_speed, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    main("", runs=1)
+    assert seen[-2:] == [(train, 500), (train_plainly, 500)]
 
 
 def test_eight_times_as_many_are_the_training_pictures_over_and_over(data_root):
