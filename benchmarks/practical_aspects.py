@@ -127,7 +127,7 @@ def plot_pictures(folder: Path, path: Path) -> None:
 
 def main(
     seeds: int = 3,  # runs of each setting, at least two
-    data_root: str = POST.data_root,  # folder that holds flowers-102, or will
+    data_root: str = POST.data_root,  # folder of flowers-102, downloaded to it if missing
     log_dir: Path = Path("benchmarks/runs/practical_aspects"),  # folder of all runs
     output: Path = Path("results"),  # folder of the figures
 ) -> None:

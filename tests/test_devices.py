@@ -42,7 +42,7 @@ REFUSED = {
     "index.Tensor is called with tensors on two devices": lambda x: x[torch.tensor([0])],
     "MPS has no float64": lambda x: x.double(),
     "linalg_eig has no kernel for MPS": torch.linalg.eigvals,
-    "linalg_qr has no such kernel for MPS in PyTorch 2.9": torch.linalg.qr,
+    "linalg_qr has no .*kernel for MPS": torch.linalg.qr,
 }
 
 
@@ -125,6 +125,8 @@ class StandIn(TorchDispatchMode):
 @contextmanager
 def stand_in() -> Iterator[StandIn]:
     """Let ``--device auto`` be the stand-in."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
+        pytest.skip("the stand-in leans on PyTorch's internals, as 2.14 has them")
     with pytest.MonkeyPatch.context() as patch, StandIn() as device:
         patch.setattr(torch.accelerator, "current_accelerator", lambda **_: DEVICE)
         patch.setattr(torch.mps, "get_rng_state", lambda _: None)
