@@ -156,8 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         parse = partial(tyro.cli, Command, prog="vae_training.py", args=arguments)
         command = parse()
-        if command.resume and command.preset == "best":
-            raise UserError("a resumed run keeps its own settings: leave out --preset")
+        if command.resume and (command.preset == "best" or command.run_name):
+            raise UserError("a resumed run keeps its own: leave out --preset and --run-name")
         folder = folder_of(command)
         if command.resume or command.preset == "best":  # once more, from other defaults
             start = saved_options(Options, folder) if command.resume else BEST

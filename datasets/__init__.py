@@ -68,8 +68,8 @@ def download(name: str, root: Path) -> None:
             DATASETS[name](root=Path(folder), split="train", download=True)
             for path in Path(folder).iterdir():
                 if (root / path.name).exists():
-                    taken = f"{root / path.name} is there, but incomplete or damaged"
-                    raise UserError(f"{taken}: move it away, or give another --data-root")
+                    taken = f"{root / path.name} is there, damaged or from a run beside this one"
+                    raise UserError(f"{taken}: try again, or move it away")
                 shutil.move(path, root / path.name)
     except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
         advice = "give the folder that holds it to --data-root, or take --dataset synthetic"

@@ -31,8 +31,7 @@ class PictureFolder(Dataset):
         there = [each.name for each in splits if each.is_dir()]
         divided = len(there) == 3
         if there and not divided and split == "train":  # once, not for each split
-            given = f"{root} has {' and '.join(there)}, but not all of train, val and test"
-            print(f"warning: {given}: its pictures are divided anew", file=sys.stderr)
+            print(f"warning: {root} lacks train, val or test: it is divided anew", file=sys.stderr)
         pictures = []  # of all splits, so that a label means the same in each
         for top in splits if divided else [root]:
             for path in find_pictures(top):

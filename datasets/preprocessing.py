@@ -201,7 +201,7 @@ def fingerprint(dataset: Any) -> str:
         return ""
     state = hashlib.sha256(f"{PIL.__version__} {torchvision.__version__}".encode() + pickled)
     named = {str(argument) for _, argument, _ in pickletools.genops(pickled)}
-    for name in sorted(named & sys.modules.keys()):
+    for name in sorted((named & sys.modules.keys()) | {__name__}):
         file = getattr(sys.modules[name], "__file__", None) or ""
         if name == "torch._utils" or (name == "__main__" and not file.endswith(".py")):
             return ""  # A tensor is pickled differently each time.
@@ -209,7 +209,7 @@ def fingerprint(dataset: Any) -> str:
             state.update(Path(file).read_bytes())
     for path in files_of(dataset):
         status = os.stat(path)
-        state.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+        state.update(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} ".encode())
     return state.hexdigest()[:32]
 
 

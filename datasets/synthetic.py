@@ -33,7 +33,7 @@ class SyntheticFlowers(Dataset):
     """Flowers of 102 invented species, in splits of the sizes that Flowers102 has.
 
     The parameters are torchvision's, of which ``root`` and ``download`` mean nothing here. The
-    pictures, ``side`` x ``side`` pixels each, are drawn when the first one is asked for.
+    pictures, ``side`` x ``side`` pixels each, are drawn when they are first counted or asked for.
     """
 
     classes = tuple(map(str, range(102)))
@@ -50,7 +50,7 @@ class SyntheticFlowers(Dataset):
         self._labels = [number % 102 for number in range(SPLITS[split])]
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._pictures)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Return a picture as the transform makes it, and its species, 0 to 101."""
@@ -62,7 +62,7 @@ class SyntheticFlowers(Dataset):
         """Draw the split, [n, side, side, 3] uint8 (sRGB), in threads."""
         draw = partial(_draw, _factors(self._split, self._labels), self.side)
         step = max(1, 2**14 // self.side**2)  # arrays of this size stay in the processor's cache
-        parts = [slice(start, start + step) for start in range(0, len(self), step)]
+        parts = [slice(start, start + step) for start in range(0, len(self._labels), step)]
         return np.concatenate(thread_map(draw, parts, disable=None, leave=False, desc="Drawing"))
 
 

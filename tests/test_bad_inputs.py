@@ -19,6 +19,7 @@ REFUSED = {
     "--device cuda:99": "error: device cuda:99 is not available here: ",
     "--dataset mnist": "no such folder, and none of auto, flowers102, dtd, synthetic",
     "--resume nowhere": "/nowhere/checkpoint.pt is not a file: a checkpoint.pt of a run is ",
+    "--resume nowhere --run-name b": "leave out --preset and --run-name",
     "--epoch 3": "Perhaps you meant: --epochs INT",
     "flowers": "Unrecognized options: flowers",
 }

@@ -63,11 +63,12 @@ def write_validation(
 
 def test_pairs(model: VAE, test: InMemory, count: int) -> Tensor:
     """Return a grid: odd rows test pictures, even rows their reconstructions, as in the post."""
-    spread = slice(None, None, max(1, len(test) // count))
-    originals = test.images(spread)[:count].to(next(model.parameters()).device)
+    width, device = min(8, len(test)), next(model.parameters()).device
+    count = min(count, len(test)) // width * width  # whole rows
+    originals = test.images(slice(None, None, len(test) // count))[:count].to(device)
     reconstructions, _, _ = model(originals)
-    rows = zip(originals.split(8), reconstructions.split(8), strict=True)
-    return make_grid(torch.cat([row for pair in rows for row in pair]))
+    rows = zip(originals.split(width), reconstructions.split(width), strict=True)
+    return make_grid(torch.cat([row for pair in rows for row in pair]), nrow=width)
 
 
 @torch.no_grad()

@@ -115,7 +115,8 @@ class Run(ExitStack):
         names = [path.name for path in self.folder.iterdir()]
         if self.resume and "checkpoint.pt" not in names:
             raise UserError(f"{self.folder} has no checkpoint.pt: give the folder of a run")
-        if not self.resume and not all(name.startswith(START) for name in names):
+        begun = ".lock" in names and all(name.startswith(START) for name in names)
+        if names and not self.resume and not begun:
             raise UserError(f"{self.folder} is not empty: take another (--run-name) or --resume it")
         try:
             self.enter_context(FileLock(self.folder / ".lock", timeout=0))
@@ -361,8 +362,8 @@ def named(path: Path) -> Iterator[None]:
     """Turn what goes wrong with a strange checkpoint into a ``UserError`` with its name."""
     try:
         yield
-    except (OSError, UserError):
+    except (OSError, UserError, NameError, ImportError):
         raise
     except Exception as error:  # PyTorch's reader has no exception of its own
-        reason = first_line(error)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is damaged, or no checkpoint of this model: {reason}") from None

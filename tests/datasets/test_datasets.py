@@ -175,7 +175,7 @@ def test_flowers_that_lack_a_part_are_named_and_not_touched(server, data_root, p
     path = folder / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = names_in(folder)
-    with pytest.raises(UserError, match=f"{folder} is there, but incomplete.*move it away"):
+    with pytest.raises(UserError, match=f"{folder} is there, damaged or .*move it away"):
         find_dataset("flowers102", data_root)
     assert names_in(folder) == before
     assert names_in(data_root) == {"flowers-102"}

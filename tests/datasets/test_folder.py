@@ -7,7 +7,7 @@ from helpers import write_photograph
 from torchvision.transforms import Compose, Resize, ToTensor
 
 from datasets.folder import PictureFolder, find_pictures, split_of
-from datasets.preprocessing import InMemory, UserError
+from datasets.preprocessing import InMemory, UserError, fingerprint
 
 SPLITS = ("train", "val", "test")
 
@@ -97,7 +97,7 @@ def test_one_or_two_of_these_subfolders_are_species_and_no_splits_which_is_said(
     ]
     assert PictureFolder(folder, "val").classes == ["test", "train"]
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "has train and test, but not all of train, val and test" in warning
+    assert "lacks train, val or test: it is divided anew" in warning
 
 
 def test_a_split_that_stays_empty_says_how_many_pictures_it_takes(tmp_path):
@@ -150,6 +150,13 @@ def test_a_damaged_picture_is_named_and_left_out_in_this_run_and_the_next(
         (warning,) = capsys.readouterr().err.splitlines()
         assert warning.startswith(f"warning: {damaged} cannot be read as a picture: ")
         assert warning.endswith(": it is left out")
+
+
+def test_a_picture_whose_rights_changed_is_read_again(tmp_path, cache_folder):
+    folder = fill(tmp_path / "mine", *(f"{split}/1.png" for split in SPLITS))
+    before = fingerprint(PictureFolder(folder))
+    (folder / "train" / "1.png").chmod(0o400)
+    assert fingerprint(PictureFolder(folder)) != before
 
 
 def test_a_split_of_damaged_pictures_only_is_refused(tmp_path):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from torchvision.transforms import ToTensor
+from tqdm.contrib.concurrent import thread_map
 
 from datasets.preprocessing import InMemory
 from datasets.synthetic import SPLITS, SyntheticFlowers, _draw, _factors
@@ -35,6 +36,14 @@ def test_in_memory_gives_the_same_pictures_and_keeps_them(cache_folder):
         assert np.array_equal(flowers.pixels, draw("train", 8))
         assert flowers.labels[100:104] == [100, 101, 0, 1]
     assert len(list(cache_folder.iterdir())) == 1
+
+
+def test_a_split_is_drawn_once_for_all_threads_that_read_it(monkeypatch, cache_folder):
+    drawn = []
+    note = lambda *given, **named: drawn.append(given) or thread_map(*given, **named)  # noqa: E731
+    monkeypatch.setattr("datasets.synthetic.thread_map", note)
+    InMemory(SyntheticFlowers("", "val", ToTensor(), side=8), progress=False)
+    assert len(drawn) == 1
 
 
 def test_no_two_backgrounds_are_alike_within_or_across_splits():

@@ -124,12 +124,12 @@ def test_a_new_run_begins_in_no_folder_that_holds_anything(finished, folder):
     assert content(finished) == before
     shutil.rmtree(folder)
     folder.mkdir()
-    (folder / "precious.txt").touch()
+    (folder / "events.out.tfevents.1").touch()  # of another program
     with pytest.raises(UserError, match="is not empty"):
         train_small(folder)
     with pytest.raises(UserError, match=r"has no checkpoint\.pt: give the folder of a run"):
         train_small(folder, True)
-    assert [path.name for path in folder.iterdir()] == ["precious.txt"]
+    assert [path.name for path in folder.iterdir()] == ["events.out.tfevents.1"]
 
 
 def test_paths_in_a_runs_options_are_whole_so_that_it_is_resumed_from_any_folder(
@@ -461,6 +461,12 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(path, tmp_pat
     with pytest.raises(UserError, match=r"checkpoint\.pt is damaged, or no checkpoint"):
         load_checkpoint(path)
     assert not (tmp_path / "victim").exists()
+
+
+def test_a_slip_in_the_layers_is_not_taken_for_a_damaged_checkpoint(path, monkeypatch):
+    monkeypatch.delattr("vae.vae.Decoder")
+    with pytest.raises(NameError):
+        load_model(path)
 
 
 @pytest.mark.parametrize(
