@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from vae_training import main
+from vae_training import Options, main
 
 REFUSED = {
     "--epochs 0": "--epochs is 0: 1 or more is needed",
@@ -34,6 +34,12 @@ def test_what_cannot_be_is_refused_before_anything_is_made(arguments, message, t
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["lr_schedule", "beta_schedule", "likelihood"])
+def test_a_misspelt_choice_is_refused_from_python_too(option):
+    with pytest.raises(ValueError, match=f"{option} is 'cosin': one of .* is needed"):
+        Options(**{option: "cosin"})
 
 
 def test_a_file_in_the_place_of_the_runs_folder_is_named_in_one_line(tmp_path, capsys):

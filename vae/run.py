@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -62,8 +62,8 @@ def one_line_errors() -> Iterator[None]:
         kinds = (MemoryError, torch.OutOfMemoryError)
         if not isinstance(error, kinds) and "DefaultCPUAllocator" not in str(error):
             raise
-        advice = "take a smaller model or batch"
-        status, line = 1, f"error: too little memory, {advice} ({first_line(error)})"
+        reason = [*str(error).splitlines(), type(error).__name__][0]
+        status, line = 1, f"error: too little memory, take a smaller model or batch ({reason})"
     except Stopped as stopped:
         number, folder = stopped.args
         status, line = 128 + number, f"Stopped by {signal.Signals(number).name}."
@@ -84,11 +84,6 @@ def command_line(*arguments: str) -> str:
 def quote(words: list[str]) -> str:
     """Return a command as the shell of this system reads it."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's message without what PyTorch adds below its first line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class Run(ExitStack):
@@ -236,6 +231,10 @@ def check_options(options: Any) -> None:
     one = ("latent_size", "cycles", "epochs", "batch_size", "checkpoint_every")
     for name in (*one, "warmup_epochs", "beta", "learning_rate"):
         check(f"--{name.replace('_', '-')}", getattr(options, name), int(name in one))
+    for name, hint in get_type_hints(type(options)).items():  # from Python; a command line knows
+        given, known = getattr(options, name), get_args(hint)
+        if known and given not in known:
+            raise UserError(f"{name} is {given!r}: one of {known} is needed")
     check("--seed", options.seed, 0, 2**32 - 1)
     if options.learning_rate == 0:
         raise UserError("--learning-rate is 0.0: more than 0 is needed")
@@ -282,7 +281,8 @@ def find_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"device {name} is not available here: {first_line(error)}") from None
+        reason, *_ = str(error).splitlines()  # PyTorch adds advice below
+        raise UserError(f"device {name} is not available here: {reason}") from None
     return torch.device(name)
 
 
