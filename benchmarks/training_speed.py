@@ -148,13 +148,12 @@ def main(
     eight, long = replace(short, dataset="eight"), replace(short, epochs=500)
     for options in (short, eight):  # pictures are read here, and kept for all runs
         watch(train, replace(options, epochs=2))
-    ways = [*WAYS] if util.find_spec("pythae") else [name for name in WAYS if name != "pythae"]
+    ways = [n for n in WAYS if "whole" not in n and (n != "pythae" or util.find_spec("pythae"))]
     measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    spawn = torch.multiprocessing.get_context("spawn")
-    for name in ways[2:] * ROUNDS + ways[:2] * runs:
+    for name in ways * ROUNDS + ["whole", "whole plain"] * runs:
         options = {"eight": eight, "whole": long, "whole plain": long}.get(name, short)
         began = time.perf_counter()
-        with ProcessPoolExecutor(1, spawn) as pool:
+        with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
             figures = pool.submit(watch, WAYS[name], options).result()
         for figure, value in (figures | {"run": time.perf_counter() - began}).items():
             measured[name][figure].append(value)

@@ -28,9 +28,9 @@ class PictureFolder(Dataset):
         root = Path(root)
         self._split, self.transform = split, transform
         splits = [root / each for each in ("train", "val", "test")]
-        there = [each.name for each in splits if each.is_dir()]
-        divided = len(there) == 3
-        if there and not divided and split == "train":  # once, not for each split
+        there = [each.is_dir() for each in splits]
+        divided = all(there)
+        if any(there) and not divided and split == "train":  # once, not for each split
             print(f"warning: {root} lacks train, val or test: it is divided anew", file=sys.stderr)
         pictures = []  # of all splits, so that a label means the same in each
         for top in splits if divided else [root]:

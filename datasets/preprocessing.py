@@ -110,6 +110,7 @@ class InMemory(Dataset):
         shapes = set()
 
         def read_one(i: int) -> tuple[Tensor, Any] | None:
+            this = f"picture {i} of {self.name}"
             try:
                 image, label = dataset[i]
             except DamagedPicture as error:
@@ -117,9 +118,8 @@ class InMemory(Dataset):
                 return None
             except OSError as error:
                 files = [*files_of(dataset)]
-                where = files[i] if len(files) == len(dataset) else f"picture {i} of {self.name}"
-                raise UserError(f"{where} cannot be read as a picture: {error}") from None
-            this = f"picture {i} of {self.name}"
+                this = str(files[i]) if len(files) == len(dataset) else this
+                raise UserError(f"{this} cannot be read as a picture: {error}") from None
             if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
                 raise UserError(f"{this} is no tensor as ToTensor() makes it: end its transform so")
             if not 0 <= image.min() <= image.max() <= 1:
@@ -191,9 +191,9 @@ class InMemory(Dataset):
 def fingerprint(dataset: Any) -> str:
     """Return what identifies a data set's pictures, or "" where nothing does.
 
-    That is its pickle (parameters, names of files, transform), the code of each module that the
-    pickle names, the sizes and times of its files, and the versions of what decodes them. Nothing
-    does for what cannot be pickled, is defined in a notebook, or lies in tensors.
+    That is its pickle (parameters, names of files, transform), the code of this module and of each
+    that the pickle names, the sizes and times of its files, and the versions of what decodes them.
+    Nothing does for what cannot be pickled, is defined in a notebook, or lies in tensors.
     """
     try:
         pickled = pickle.dumps(dataset)

@@ -298,10 +298,8 @@ def test_without_a_run_the_model_that_comes_with_the_repository_draws(folder, ca
 def test_of_a_run_that_has_not_ended_the_prior_stands_in_with_a_warning(draw, capsys):
     path = write_small("run.pt", fitted=False)
     grid = draw(SAMPLE, path)
-    assert (
-        capsys.readouterr().err
-        == "warning: its run has not ended: drawn from the prior, so worse\n"
-    )
+    warning = capsys.readouterr().err
+    assert warning == "warning: its run has not ended: drawn from the prior, so worse\n"
     assert torch.equal(grid.images, draw(f"{SAMPLE} --from prior", path).images)
 
 

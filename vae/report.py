@@ -122,7 +122,8 @@ def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[
 
 def write_latents(writer: SummaryWriter, model: VAE, test: InMemory, epoch: int) -> None:
     """Write test latents with thumbnails and species to TensorBoard's Projector."""
-    step = -(-len(test) // 500)  # the Projector shows up to 8,192 x 8,192 pixels of thumbnails
+    # The Projector shows up to 8,192 x 8,192 pixels of thumbnails; five hundred are enough.
+    step = -(-len(test) // min(500, (8192 // model.image_resolution[0]) ** 2))
     pictures, labels = test.images(slice(None, None, step)), test.labels[::step]
     device = next(model.parameters()).device
     means = torch.cat([model.encoder(batch.to(device))[0] for batch in pictures.split(64)])

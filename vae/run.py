@@ -57,12 +57,12 @@ def one_line_errors() -> Iterator[None]:
         yield
         return
     except (UserError, FloatingPointError, OSError) as error:
-        status, line = 2 if isinstance(error, UserError) else 1, f"error: {error}"
+        status, line = (2 if isinstance(error, UserError) else 1), f"error: {error}"
     except (MemoryError, RuntimeError) as error:
         kinds = (MemoryError, torch.OutOfMemoryError)
         if not isinstance(error, kinds) and "DefaultCPUAllocator" not in str(error):
             raise
-        reason = [*str(error).splitlines(), type(error).__name__][0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         status, line = 1, f"error: too little memory, take a smaller model or batch ({reason})"
     except Stopped as stopped:
         number, folder = stopped.args
@@ -111,14 +111,14 @@ class Run(ExitStack):
         if self.resume and "checkpoint.pt" not in names:
             raise UserError(f"{self.folder} has no checkpoint.pt: give the folder of a run")
         begun = ".lock" in names and all(name.startswith(START) for name in names)
-        if names and not self.resume and not begun:
+        if names and not (self.resume or begun):
             raise UserError(f"{self.folder} is not empty: take another (--run-name) or --resume it")
         try:
             self.enter_context(FileLock(self.folder / ".lock", timeout=0))
         except Timeout:
             raise UserError(f"another run is writing to {self.folder}: wait for it") from None
         if not self.resume:  # TensorBoard would mix a new run with one that failed at once
-            for path in self.folder.rglob(f"{START[0]}*"):
+            for path in self.folder.rglob("events.out.tfevents.*"):
                 path.unlink()
         self.enter_context(own_random(self.device))
         torch.manual_seed(self.options.seed)  # the same first weights for the same seed
@@ -281,7 +281,7 @@ def find_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason, *_ = str(error).splitlines()  # PyTorch adds advice below
+        reason = str(error).partition("\n")[0]  # PyTorch adds advice below
         raise UserError(f"device {name} is not available here: {reason}") from None
     return torch.device(name)
 
