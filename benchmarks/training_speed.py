@@ -33,7 +33,7 @@ from vae.run import one_line_errors
 from vae.vae import VAE
 from vae_training import Options, train
 
-ROUNDS, EPOCHS = 5, 11
+ROUNDS, EPOCHS = 15, 11
 PIPELINE = Compose([Resize((32, 32)), ToTensor()])
 # What is compared, of which ways, and how much of the other's the first one's may be
 ROWS = (
