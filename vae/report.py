@@ -54,7 +54,7 @@ def write_validation(
     for name in COMPARED:
         writer.add_scalar(f"validation/{name}", metrics[name], epoch)
     writer.add_histogram("validation/kl_per_dimension", Tensor(metrics["kl_per_dimension"]), epoch)
-    latents = fit_latents(model, (x[::4] for x in train.batches(256)))  # a quarter will do
+    latents = fit_latents(model, (x[::4] for x in train.batches(256)))  # enough for a look
     # Few and small: TensorBoard takes its time over each byte of a picture.
     writer.add_image("samples", make_grid(model.decoder(latents.sample((16,)))), epoch)
     writer.add_image("samples_prior", make_grid(model.sample(16)), epoch)
