@@ -28,16 +28,16 @@ class PictureFolder(Dataset):
         root = Path(root)
         self._split, self.transform = split, transform
         splits = [root / each for each in ("train", "val", "test")]
-        there = [each.is_dir() for each in splits]
-        divided = all(there)
-        if any(there) and not divided and split == "train":  # once, not for each split
-            print(f"warning: {root} lacks train, val or test: it is divided anew", file=sys.stderr)
+        missing = [each.name for each in splits if not each.is_dir()]
+        if len(missing) in (1, 2) and split == "train":  # once, not for each split
+            given = f"{root} has no subfolder {' and '.join(missing)}"
+            print(f"warning: {given}: its pictures are divided anew", file=sys.stderr)
         pictures = []  # of all splits, so that a label means the same in each
-        for top in splits if divided else [root]:
+        for top in [root] if missing else splits:
             for path in find_pictures(top):
                 name = path.relative_to(top)
                 species = name.parent.as_posix() if len(name.parts) > 1 else root.name
-                pictures.append((path, species, top.name if divided else split_of(name.as_posix())))
+                pictures.append((path, species, split_of(name.as_posix()) if missing else top.name))
         self.classes = sorted({species for _, species, _ in pictures})
         self.paths = [path for path, _, place in pictures if place == split]
         self.labels = [self.classes.index(label) for _, label, place in pictures if place == split]

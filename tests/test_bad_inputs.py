@@ -1,6 +1,7 @@
 """What cannot be is refused before anything is made, with status 2 and what is needed."""
 
 import shlex
+from dataclasses import make_dataclass
 
 import pytest
 
@@ -18,8 +19,8 @@ REFUSED = {
     "--likelihood laplace": "Expected one of ('gaussian', 'bernoulli')",
     "--device cuda:99": "error: device cuda:99 is not available here: ",
     "--dataset mnist": "no such folder, and none of auto, flowers102, dtd, synthetic",
-    "--resume nowhere": "error: RUNS/nowhere/checkpoint.pt is not a file: a checkpoint.pt of ",
-    "--resume nowhere --run-name b": "error: a resumed run keeps its own: leave out --preset",
+    "--resume nowhere": "RUNS/nowhere/checkpoint.pt is not a file: a checkpoint.pt of a run is ",
+    "--resume a --run-name b": "a resumed run keeps its own: leave out --preset and --run-name",
     "--epoch 3": "Perhaps you meant: --epochs INT",
     "flowers": "Unrecognized options: flowers",
 }
@@ -40,6 +41,11 @@ def test_what_cannot_be_is_refused_before_anything_is_made(arguments, message, t
 def test_a_misspelt_choice_is_refused_from_python_too(option):
     with pytest.raises(ValueError, match=f"{option} is 'cosin': one of .* is needed"):
         Options(**{option: "cosin"})
+
+
+def test_an_option_of_your_own_may_be_left_out():
+    own = make_dataclass("Own", [("clip", float | None, None)], bases=(Options,), frozen=True)
+    assert (own().clip, own(clip=1.5).clip) == (None, 1.5)
 
 
 def test_a_file_in_the_place_of_the_runs_folder_is_named_in_one_line(tmp_path, capsys):

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, get_args, get_type_hints
+from typing import Any, BinaryIO, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -233,7 +233,7 @@ def check_options(options: Any) -> None:
         check(f"--{name.replace('_', '-')}", getattr(options, name), int(name in one))
     for name, hint in get_type_hints(type(options)).items():  # from Python; a command line knows
         given, known = getattr(options, name), get_args(hint)
-        if known and given not in known:
+        if get_origin(hint) is Literal and given not in known:
             raise UserError(f"{name} is {given!r}: one of {known} is needed")
     check("--seed", options.seed, 0, 2**32 - 1)
     if options.learning_rate == 0:

@@ -92,12 +92,11 @@ def test_subfolders_train_val_and_test_are_the_splits(tmp_path):
 def test_one_or_two_of_these_subfolders_are_species_and_no_splits_which_is_said(tmp_path, capsys):
     names = [f"{where}/{name}" for where in ("train", "test") for name in numbers(0, 30)]
     folder = fill(tmp_path, *names)
-    assert names_of(folder, "train") == [
-        name for name in sorted(names) if split_of(name) == "train"
-    ]
+    expected = [name for name in sorted(names) if split_of(name) == "train"]
+    assert names_of(folder, "train") == expected
     assert PictureFolder(folder, "val").classes == ["test", "train"]
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "lacks train, val or test: it is divided anew" in warning
+    assert "has no subfolder val: its pictures are divided anew" in warning
 
 
 def test_a_split_that_stays_empty_says_how_many_pictures_it_takes(tmp_path):

@@ -10,13 +10,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from vae.evaluation import (
-    PCA,
-    evaluate,
-    evaluate_pca,
-    evaluate_samples,
-    frechet_distance,
-)
+from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples, frechet_distance
 from vae.losses import ELBOLoss
 from vae.vae import VAE
 

@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import (
-    SMALL,
-    read_events,
-    seed_as,
-    seeded,
-    tiles,
-    train_small,
-    write_checkpoint,
-)
+from helpers import SMALL, read_events, seed_as, seeded, tiles, train_small, write_checkpoint
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
