@@ -76,8 +76,7 @@ def sample(settings: Settings, count: Count = 50, source: Source = "data") -> No
 def interpolate(settings: Settings, pictures: tuple[Path, Path], steps: Steps = 8) -> None:
     """The way from one picture's reconstruction to another's, between the two pictures."""
     check("--steps", steps, 2, 100)
-    with drawing(settings, "interpolate.png", pictures) as (file, model, _, images):
-        start, end = images
+    with drawing(settings, "interpolate.png", pictures) as (file, model, _, (start, end)):
         shares = torch.linspace(0, 1, steps, device=start.device)[:, None]
         z = torch.lerp(model.encoder(start)[0], model.encoder(end)[0], shares)
         captions = ["from", "reconstruction", *[""] * (steps - 2), "reconstruction", "to"]

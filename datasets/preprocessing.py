@@ -153,18 +153,17 @@ class InMemory(Dataset):
 
     def _keep(self, path: Path) -> None:
         """Keep the pictures for the next run, and of all that was ever kept the newest thirty."""
-        temporary = path.with_suffix(f".{os.getpid()}.npz")
+        new = path.with_suffix(f".{os.getpid()}.npz")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels, labels = self.pixels.numpy(), np.array(self.labels)
-            np.savez(temporary, pixels=pixels, labels=labels, left_out=self.left_out)
-            temporary.replace(path)
+            np.savez(new, pixels=self.pixels.numpy(), labels=self.labels, left_out=self.left_out)
+            new.replace(path)
             for old in sorted(path.parent.glob("*.npz"), key=os.path.getmtime)[:-30]:
                 old.unlink()
         except OSError as error:
             print(f"warning: pictures are not kept for the next run: {error}", file=sys.stderr)
             with suppress(OSError):
-                temporary.unlink()
+                new.unlink()
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -320,10 +320,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path} is not a file: a checkpoint.pt of a run is needed")
-    with named(path):
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # PyTorch does not look at the checksums
-                raise ValueError("a checksum is wrong")
+    with named(path), zipfile.ZipFile(path) as archive:
+        if archive.testzip():  # PyTorch does not look at the checksums
+            raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(checkpoint[part], dict) for part in ("model", "config")):
             raise ValueError("its 'model' and 'config' are not dictionaries")
@@ -341,8 +340,11 @@ def load_model(
     checkpoint = load_checkpoint(path)
     config, latents = checkpoint["config"], checkpoint.get("latents") or None
     with named(path):
-        shape = ("latent_size", "image_channels", "batch_norm")
-        model = VAE(tuple(config["image_resolution"]), *(config[name] for name in shape))
+        height, width = config["image_resolution"]
+        shape = config["latent_size"], config["image_channels"], config["batch_norm"]
+        torch.empty(height, width, *shape[:2], device="meta")  # refuses what cannot be sizes
+    model = VAE((height, width), *shape)  # outside: a slip in the layers is no damage of the file
+    with named(path):
         model.load_state_dict(checkpoint["model"])
         if not all_finite(model):
             raise ValueError("its weights are not finite")
@@ -362,7 +364,7 @@ def named(path: Path) -> Iterator[None]:
     """Turn what goes wrong with a strange checkpoint into a ``UserError`` with its name."""
     try:
         yield
-    except (OSError, UserError, NameError, ImportError):
+    except (OSError, UserError):
         raise
     except Exception as error:  # PyTorch's reader has no exception of its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -29,6 +29,7 @@ from helpers import (
     train_small,
     write_checkpoint,
 )
+from torch import nn
 
 from datasets.preprocessing import UserError
 from vae.run import (
@@ -467,6 +468,10 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(path, tmp_pat
 
 
 def test_a_slip_in_the_layers_is_not_taken_for_a_damaged_checkpoint(path, monkeypatch):
+    for slip, error in ((lambda: None, TypeError), (lambda *_: nn.Sigmod(), AttributeError)):
+        monkeypatch.setattr("vae.vae.Decoder", slip)
+        with pytest.raises(error):
+            load_model(path)
     monkeypatch.delattr("vae.vae.Decoder")
     with pytest.raises(NameError):
         load_model(path)
