@@ -5,10 +5,10 @@ import math
 import sys
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,16 @@ from PIL import ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.transforms import CenterCrop, Compose, Grayscale, Resize, ToPILImage, ToTensor
+from torchvision.transforms import Compose, Grayscale, ToPILImage, ToTensor
 from torchvision.utils import make_grid
 from tyro.conf import OmitArgPrefixes, Positional, PositionalRequiredArgs, arg
 
-from datasets.preprocessing import UserError, read_picture
+from datasets.errors import UserError
+from datasets.preprocessing import read_picture, resize_to
+from vae.checkpoint import load_model, replace_atomically
+from vae.command_line import check, one_line_errors
 from vae.latent import near, prior, variation_per_dimension
-from vae.run import check, find_device, load_model, one_line_errors, own_random, replace_atomically
+from vae.run import find_device, own_random
 from vae.vae import VAE
 
 ROOT = Path(__file__).parent
@@ -51,6 +54,9 @@ Source = Annotated[Literal["data", "prior"], arg(name="from", help="fitted to da
 Steps = Annotated[int, arg(help="pictures in a row, both ends included")]
 
 
+# The commands.
+
+
 def similar(settings: Settings, pictures: Pictures, count: Count = 8, spread: Spread = 0.3) -> None:
     """A picture, its reconstruction, and new flowers near it."""
     check("the number of pictures", len(pictures), 1, 1000)
@@ -69,18 +75,23 @@ def sample(settings: Settings, count: Count = 50, source: Source = "data") -> No
     """New flowers."""
     check("--count", count, 1, 1000)
     with drawing(settings, "sample.png") as (file, model, latents, _):
-        z = (latents if source == "data" else prior(model)).sample((count,))
-        draw_grid(file, model.decoder(z), math.ceil(math.sqrt(2 * count)))  # twice as wide as high
+        distribution = latents if source == "data" else prior(model)
+        images = model.decoder(distribution.sample((count,)))
+        twice_as_wide_as_high = math.ceil(math.sqrt(2 * count))
+        draw_grid(file, images, columns=twice_as_wide_as_high)
 
 
 def interpolate(settings: Settings, pictures: tuple[Path, Path], steps: Steps = 8) -> None:
     """The way from one picture's reconstruction to another's, between the two pictures."""
     check("--steps", steps, 2, 100)
     with drawing(settings, "interpolate.png", pictures) as (file, model, _, (start, end)):
+        start_mean, _ = model.encoder(start)
+        end_mean, _ = model.encoder(end)
         shares = torch.linspace(0, 1, steps, device=start.device)[:, None]
-        z = torch.lerp(model.encoder(start)[0], model.encoder(end)[0], shares)
+        z = torch.lerp(start_mean, end_mean, shares)
+        images = torch.cat((start, model.decoder(z), end))
         captions = ["from", "reconstruction", *[""] * (steps - 2), "reconstruction", "to"]
-        draw_grid(file, torch.cat((start, model.decoder(z), end)), 2 + steps, captions)
+        draw_grid(file, images, 2 + steps, captions)
 
 
 def traverse(settings: Settings, picture: Path, steps: Steps = 7) -> None:
@@ -90,14 +101,15 @@ def traverse(settings: Settings, picture: Path, steps: Steps = 7) -> None:
         mean, _ = model.encoder(x)
         places = ((mean[0] - latents.mean) / latents.stddev).tolist()
         moves = torch.linspace(-3, 3, steps, device=mean.device)
-        z = mean.repeat(model.latent_size, 1 + steps, 1)  # first in each row the reconstruction
-        rows = []
         shares, order = variation_per_dimension(model, latents).sort(descending=True)
+        # A row for each dimension: first the reconstruction, then the dimension moved.
+        z = mean.repeat(model.latent_size, 1 + steps, 1)
+        row_names = []
         for row, (share, i) in enumerate(zip(shares.tolist(), order.tolist(), strict=True)):
             z[row, 1:, i] = latents.mean[i] + moves * latents.stddev[i]
-            rows.append(f"z{i} ({share:.0%})\nis {places[i]:.2f} sd")
+            row_names.append(f"z{i} ({share:.0%})\nis {places[i]:.2f} sd")
         captions = ["reconstruction", *(f"{move:.3g} sd" for move in moves.tolist())]
-        draw_grid(file, model.decoder(z.flatten(0, 1)), 1 + steps, captions, rows)
+        draw_grid(file, model.decoder(z.flatten(0, 1)), 1 + steps, captions, row_names)
 
 
 def explore(settings: Settings, picture: Positional[Path | None] = None) -> None:
@@ -112,42 +124,49 @@ def explore(settings: Settings, picture: Positional[Path | None] = None) -> None
             "start": start[0].tolist(),
             "centre": latents.mean.tolist(),
             "scale": latents.scale_tril.tolist(),
-            "layers": [each.state_dict() for each in layers],
+            "layers": [{"weight": as_base64(w), "bias": as_base64(b)} for w, b in layers],
         }
         page = (ROOT / "vae" / "explore.html").read_text(encoding="utf-8")
-        text = json.dumps(exported, default=lambda x: b64encode(x.cpu().numpy()).decode())
-        file.write(page.replace("{{model}}", text).encode())
+        file.write(page.replace("{{model}}", json.dumps(exported)).encode())
+
+
+# What all commands need.
+
+
+class Drawing(NamedTuple):
+    """What a command draws with, and where to."""
+
+    file: BinaryIO
+    model: VAE
+    latents: MultivariateNormal
+    images: list[Tensor]  # the pictures that were given, each [1, channels, height, width]
 
 
 @contextmanager
 def drawing(
-    settings: Settings, usual: str, pictures: Sequence[Path] = ()
-) -> Iterator[tuple[BinaryIO, VAE, MultivariateNormal, list[Tensor]]]:
-    """Give what a command needs: a file to write, the model, its latents, and pictures for it.
+    settings: Settings, usual_name: str, pictures: Sequence[Path] = ()
+) -> Iterator[Drawing]:
+    """Open the file that a command writes, with the model and its pictures; name it at the end.
 
-    Each picture is [1, channels, height, width]; random numbers are the command's own.
-    ``UserError`` if the file would replace a user's own.
+    Random numbers inside the block are the command's own.
     """
     checkpoint = settings.checkpoint or find_checkpoint(settings.log_dir)
-    output = settings.output or Path(usual)
-    if not settings.output and output.is_file() and SIGNATURE.encode() not in output.read_bytes():
-        raise UserError(f"{output} is not this script's: name it with --output to replace it")
-    if output.resolve() in [path.resolve() for path in (checkpoint, *pictures)]:
-        raise UserError(f"{output} would be replaced: name another file with --output")
+    output = find_output(settings.output, usual_name, [checkpoint, *pictures])
     device = find_device(settings.device)
     with own_random(device):
-        model, config, latents = load_model(checkpoint, device)
-        to_input = as_in_training(config, settings.crop)
-        images = [to_input(read_picture(path))[None].to(device) for path in pictures]
-        if not latents:
+        model, options, latents = load_model(checkpoint, device)
+        if latents is None:
             print("warning: its run has not ended: drawn from the prior, so worse", file=sys.stderr)
             latents = prior(model)
+        to_input = as_in_training(model, settings.crop or options.get("crop", False))
+        images = [to_input(read_picture(path))[None].to(device) for path in pictures]
         torch.manual_seed(settings.seed % 2**64)
         with replace_atomically(output) as file, torch.inference_mode():
-            yield file, model, latents, images
+            yield Drawing(file, model, latents, images)
     print(output)
     if not settings.checkpoint:
-        print(f"drawn by the model in {checkpoint} ({config.get('dataset')})", file=sys.stderr)
+        dataset = options.get("dataset")
+        print(f"drawn by the model in {checkpoint} ({dataset})", file=sys.stderr)
 
 
 def find_checkpoint(log_dir: Path) -> Path:
@@ -158,34 +177,66 @@ def find_checkpoint(log_dir: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime, default=TRAINED)
 
 
-def as_in_training(config: dict[str, Any], crop: bool) -> Compose:
-    """Return what makes the model's input, [channels, height, width] in [0, 1], of a picture."""
-    size = tuple(config["image_resolution"])
-    grey = [Grayscale()] if config["image_channels"] == 1 else []
-    resize = [Resize(max(size)), CenterCrop(size)] if crop or config.get("crop") else [Resize(size)]
-    return Compose([*grey, *resize, ToTensor()])
+def find_output(given: Path | None, usual_name: str, inputs: Sequence[Path]) -> Path:
+    """Return the file to write: the one that was ``given``, else the usual one.
 
-
-def layers_of_page(decoder: Any, z: Tensor) -> list[nn.Module]:
-    """Return the decoder's layers as the page needs them: batch norms folded in, kernels of 2x2.
-
-    ``UserError`` where the page would draw something else from z, [batch, latent].
+    ``UserError`` if it would replace one of the inputs, or, unasked, a file of somebody's own.
     """
-    images = decoder(z)
-    with suppress(AttributeError, RuntimeError):  # a layer of another name or kind
-        layers = [decoder.fc, decoder.deconv1, decoder.deconv2, decoder.deconv3]
-        for i, norm in ((1, decoder.norm1), (2, decoder.norm2)):
-            if isinstance(norm, nn.BatchNorm2d):
-                layers[i] = fuse_conv_bn_eval(layers[i], norm, transpose=True)
-        x = F.linear(z, layers[0].weight, layers[0].bias).unflatten(1, decoder.feature_shape)
-        for layer in layers[1:]:
-            x = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
-            x = x.sigmoid() if layer is layers[-1] else x.relu()
-        shapes = [each.shape[2:] for layer in layers for each in layer.parameters()]  # weight, bias
-        if shapes == [(), ()] + 3 * [(2, 2), ()] and torch.allclose(x, images, atol=1e-3):
-            return layers
+    output = given or Path(usual_name)
+    if not given and output.is_file() and SIGNATURE.encode() not in output.read_bytes():
+        raise UserError(f"{output} is not this script's: name it with --output to replace it")
+    if output.resolve() in [path.resolve() for path in inputs]:
+        raise UserError(f"{output} would be replaced: name another file with --output")
+    return output
+
+
+def as_in_training(model: VAE, crop: bool) -> Compose:
+    """Return what makes the model's input, [channels, height, width] in [0, 1], of a picture."""
+    grey = [Grayscale()] if model.image_channels == 1 else []
+    return Compose([*grey, resize_to(model.image_resolution, crop), ToTensor()])
+
+
+def layers_of_page(decoder: Any, z: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return weight and bias of the decoder's layers as the page needs them.
+
+    That is one linear layer, and three transposed convolutions with kernels of 2x2; batch norms are
+    folded into them. ``UserError`` where the page would draw something else from ``z``,
+    [batch, latent].
+    """
     can = "one linear layer and three transposed convolutions, with batch norms and ReLUs between"
-    raise UserError(f"this decoder does more than the page can: explore draws {can} them")
+    refusal = UserError(f"this decoder does more than the page can: explore draws {can} them")
+    try:
+        layers = [
+            decoder.fc,
+            with_norm_folded_in(decoder.deconv1, decoder.norm1),
+            with_norm_folded_in(decoder.deconv2, decoder.norm2),
+            decoder.deconv3,
+        ]
+        kernels = [tuple(layer.weight.shape[2:]) for layer in layers]
+        if kernels != [(), (2, 2), (2, 2), (2, 2)]:
+            raise refusal
+        x = F.linear(z, layers[0].weight, layers[0].bias).unflatten(1, decoder.feature_shape)
+        for layer in layers[1:3]:
+            x = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2).relu()
+        x = F.conv_transpose2d(x, layers[3].weight, layers[3].bias, stride=2).sigmoid()
+    except (AttributeError, RuntimeError, TypeError) as error:  # layers of other names or kinds
+        raise refusal from error
+    images = decoder(z)
+    if x.shape != images.shape or not torch.allclose(x, images, atol=1e-3):
+        raise refusal
+    return [(layer.weight, layer.bias) for layer in layers]
+
+
+def with_norm_folded_in(convolution: Any, norm: Any) -> Any:
+    """Return a transposed convolution that does what it and its batch norm do together."""
+    if isinstance(norm, nn.BatchNorm2d):
+        return fuse_conv_bn_eval(convolution, norm, transpose=True)
+    return convolution
+
+
+def as_base64(x: Tensor) -> str:
+    """Return a tensor's values, float32 in order, as text for the page."""
+    return b64encode(x.cpu().numpy().tobytes()).decode()
 
 
 def draw_grid(

@@ -1,6 +1,6 @@
 """How good a trained model is on pictures it has not seen, and how far PCA gets with as little."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,37 +18,41 @@ Batches = Callable[[], Iterable[Tensor]]  # called for each pass; images on the 
 def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str, Any]:
     """Measure ``model`` on held-out images, batches of [batch, channels, height, width] in [0, 1].
 
-    The model is in ``eval()`` mode. The dictionary has
+    The model is in ``eval()`` mode, ``loss`` is the one that it is trained with. Returned are
 
     - ``squared_error``: squared error per image with z sampled, summed over its values;
     - ``squared_error_mean``: the same through the posterior's mean;
     - ``kl``: nats per image, and ``kl_per_dimension``: a list in the latent's order;
-    - ``reconstruction_loss``, ``total_loss``: per image, as ``loss`` defines them;
+    - ``reconstruction_loss``, ``total_loss``: per image, what ``loss`` returns for them;
     - ``active_units``: latent dimensions whose mean varies over the data by more than 0.01
-      (Burda et al. 2016, section 4.2).
+      (Burda et al. 2016, section 5.2).
     """
+    device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
     count = 0
-    device = next(model.parameters()).device
     for x in batches:
         x = x.to(device)
         reconstruction, mean, log_var = model(x)
-        measured = {
-            "squared_error": torch.square(x - reconstruction).sum(dim=(1, 2, 3)),
-            "squared_error_mean": torch.square(x - model.decoder(mean)).sum(dim=(1, 2, 3)),
-            "reconstruction_loss": loss.reconstruction_loss(x, reconstruction).expand(len(x)),
-            "kl_per_dimension": kl_per_dimension(mean, log_var),
-            "latent_means": mean,
-            "latent_squares": mean.square(),
+        # Whatever else the loss returns in between, the total comes last.
+        _, _, reconstruction_loss, *_, total_loss = loss(x, reconstruction, mean, log_var)
+        batch_sums = {
+            "squared_error": torch.square(x - reconstruction).sum(),
+            "squared_error_mean": torch.square(x - model.decoder(mean)).sum(),
+            "reconstruction_loss": reconstruction_loss * len(x),
+            "total_loss": total_loss * len(x),
+            "kl_per_dimension": kl_per_dimension(mean, log_var).sum(dim=0),
+            "latent_means": mean.sum(dim=0),
+            "latent_squares": mean.square().sum(dim=0),
         }
         # Sums, not columns: small tensors that stay would scatter over the memory of large ones.
-        for name, values in measured.items():
-            sums[name] = sums.get(name, torch.zeros(())) + values.cpu().double().sum(dim=0)
+        for name, value in batch_sums.items():
+            sums[name] = sums.get(name, torch.zeros(())) + value.cpu().double()
         count += len(x)
-    variances = sums.pop("latent_squares") / count - (sums.pop("latent_means") / count).square()
-    metrics: dict[str, Any] = {name: (total / count).tolist() for name, total in sums.items()}
+
+    means = {name: total / count for name, total in sums.items()}
+    variances = means.pop("latent_squares") - means.pop("latent_means").square()
+    metrics: dict[str, Any] = {name: value.tolist() for name, value in means.items()}
     metrics["kl"] = sum(metrics["kl_per_dimension"])
-    metrics["total_loss"] = metrics["reconstruction_loss"] + loss.beta * metrics["kl"]
     metrics["active_units"] = int((variances > 0.01).sum())
     return metrics
 
@@ -62,18 +66,24 @@ class PCA:
     """
 
     def __init__(self, batches: Batches, components: int) -> None:
-        images, total = 0, torch.zeros(())
+        images = 0
+        total = torch.zeros(())
         for x in batches():
-            images, total = images + len(x), total + x.flatten(1).sum(dim=0)
-        self.shape, self.centre = x.shape[1:], total / images
+            images += len(x)
+            total = total + x.flatten(1).sum(dim=0)
+        self.shape = x.shape[1:]
+        self.centre = total / images
         pixels = len(self.centre)
         count = min(components, images - 1, pixels)
         # Some directions more than asked for, and ten passes: errors are exact to a thousandth.
         directions = torch.randn(pixels, min(count + 10, pixels))
         for _ in range(10):
             directions, _ = torch.linalg.qr(directions)
-            rows = ((x.flatten(1) - self.centre) for x in batches())
-            directions = sum((row.T @ (row @ directions) for row in rows), torch.zeros(()))
+            product = torch.zeros(())  # of the covariance, times the number of images
+            for x in batches():
+                rows = x.flatten(1) - self.centre
+                product = product + rows.T @ (rows @ directions)
+            directions = product
         self.directions = torch.linalg.svd(directions, full_matrices=False).U[:, :count]
 
     def encode(self, images: Iterable[Tensor]) -> Tensor:
@@ -91,12 +101,20 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the formula of the FID (Heusel et al. 2017). The
     sets are [n, features] and [m, features].
     """
-    one, other = one.double(), other.double()
-    shift = torch.square(one.mean(dim=0) - other.mean(dim=0)).sum()
-    covariances = [each.T.cov(correction=0).view(2 * one.shape[1:]) for each in (one, other)]
+    mean, other_mean = one.double().mean(dim=0), other.double().mean(dim=0)
+    covariance = covariance_matrix(one.double())
+    other_covariance = covariance_matrix(other.double())
+    shift = torch.square(mean - other_mean).sum()
     # The product is similar to a symmetric matrix, so its eigenvalues are real and not negative.
-    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
-    return (shift + sum(each.trace() for each in covariances) - 2 * roots.sum()).item()
+    eigenvalues = torch.linalg.eigvals(covariance @ other_covariance).real.clamp(min=0)
+    trace_of_root = eigenvalues.sqrt().sum()
+    return (shift + covariance.trace() + other_covariance.trace() - 2 * trace_of_root).item()
+
+
+def covariance_matrix(features: Tensor) -> Tensor:
+    """Return the covariance of features, [n, features], as a matrix, [features, features]."""
+    centred = features - features.mean(dim=0)
+    return centred.T @ centred / len(features)
 
 
 def frechet_distances(
@@ -119,13 +137,20 @@ def evaluate_pca(train: Batches, test: Batches, components: int, features: PCA) 
     clipped to [0, 1].
     """
     pca = PCA(train, components)
-    codes, test_codes = pca.encode(train()), pca.encode(test())
-    errors = (torch.square(x - pca.decode(pca.encode([x]))).sum() for x in test())
-    drawn = codes.mean(dim=0) + torch.randn_like(test_codes) * codes.std(dim=0, correction=0)
+    squared_error = 0.0
+    count = 0
+    for x in test():
+        squared_error += torch.square(x - pca.decode(pca.encode([x]))).sum().item()
+        count += len(x)
+
+    # Codes are uncorrelated, so their Gaussian is one for each component.
+    codes = pca.encode(train())
+    noise = torch.randn(count, codes.shape[1])
+    drawn = codes.mean(dim=0) + noise * codes.std(dim=0, correction=0)
     samples = (pca.decode(z).clamp(0, 1) for z in drawn.split(64))
     return {
         "components": components,
-        "squared_error": sum(errors, torch.zeros(())).item() / len(test_codes),
+        "squared_error": squared_error / count,
         "frechet": frechet_distances({"samples": samples}, test, features),
     }
 
@@ -142,7 +167,13 @@ def evaluate_samples(
     """
     device = next(model.parameters()).device
     count = sum(len(x) for x in test())
-    drawn = {"reconstructions": (model(x.to(device))[0].cpu() for x in test())}
-    for name, distribution in {"fitted": latents, "prior": prior(model)}.items():
-        drawn[name] = (model.decoder(z).cpu() for z in distribution.sample((count,)).split(64))
+
+    def decoded(z: Tensor) -> Iterator[Tensor]:
+        return (model.decoder(batch).cpu() for batch in z.split(64))
+
+    drawn = {
+        "reconstructions": (model(x.to(device))[0].cpu() for x in test()),
+        "fitted": decoded(latents.sample((count,))),
+        "prior": decoded(prior(model).sample((count,))),
+    }
     return frechet_distances(drawn, test, features)

@@ -12,8 +12,10 @@ from vae.vae import VAE
 
 def prior(model: VAE) -> MultivariateNormal:
     """Return p(z) = N(0, I), on the model's device."""
-    zero = torch.zeros_like(model.encoder.fcm.bias.detach())
-    return MultivariateNormal(zero, torch.diag_embed(zero + 1))
+    weight = next(model.parameters())
+    mean = torch.zeros(model.latent_size, device=weight.device, dtype=weight.dtype)
+    identity = torch.eye(model.latent_size, device=weight.device, dtype=weight.dtype)
+    return MultivariateNormal(mean, identity)
 
 
 @torch.no_grad()
@@ -27,10 +29,13 @@ def fit_latents(model: VAE, images: Iterable[Tensor]) -> MultivariateNormal:
     [batch, channels, height, width] in [0, 1].
     """
     device = next(model.parameters()).device
-    encoded = (model.encoder(x.to(device)) for x in images)
-    means, log_vars = map(torch.cat, zip(*encoded, strict=True))
-    variances = log_vars.exp().mean(dim=0)
-    covariance = means.T.cov(correction=0).view(2 * variances.shape) + variances.diag()
+    posteriors = [model.encoder(x.to(device)) for x in images]
+    means = torch.cat([mean for mean, _ in posteriors])
+    log_vars = torch.cat([log_var for _, log_var in posteriors])
+
+    # A mixture's covariance: that of the means, and the mean of the covariances.
+    centred = means - means.mean(dim=0)
+    covariance = centred.T @ centred / len(means) + log_vars.exp().mean(dim=0).diag()
     # A posterior may have no width in some direction: this much more, and float32 can invert it.
     covariance.diagonal().add_(1e-6 * (1 + covariance.trace()))
     return MultivariateNormal(means.mean(dim=0), covariance)
@@ -44,7 +49,9 @@ def near(mean: Tensor, latents: MultivariateNormal, count: int, spread: float) -
     alone is so narrow that all its flowers look the same. With a ``spread`` of 0 each z is the
     picture's own mean, [1, latent]; with 1 it is any draw.
     """
-    kept, draws = math.sqrt(1 - spread**2), latents.sample((count,))
+    kept = math.sqrt(1 - spread**2)
+    draws = latents.sample((count,))
+    # The formula with its three terms in the centre put together: exact at 0 and at 1.
     return (1 - kept - spread) * latents.mean + kept * mean + spread * draws
 
 
@@ -58,8 +65,11 @@ def variation_per_dimension(model: VAE, latents: MultivariateNormal, draws: int 
     noise = torch.randn(2, draws, model.latent_size, device=latents.mean.device)
     z, other = latents.mean + latents.stddev * noise
     images = model.decoder(z)
-    total = images.var(dim=0, correction=0).sum().clamp(min=1e-12)
-    units = torch.eye(model.latent_size, dtype=torch.bool, device=z.device)
-    moved = (model.decoder(torch.where(unit, other, z)) for unit in units)
-    changes = [0.5 * torch.square(each - images).sum() / draws for each in moved]
-    return torch.stack(changes) / total
+    total_variance = images.var(dim=0, correction=0).sum().clamp(min=1e-12)
+    shares = []
+    for dimension in range(model.latent_size):
+        moved = z.clone()
+        moved[:, dimension] = other[:, dimension]
+        change = 0.5 * torch.square(model.decoder(moved) - images).sum() / draws
+        shares.append(change / total_variance)
+    return torch.stack(shares)

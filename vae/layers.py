@@ -32,13 +32,12 @@ class SampleLatent(nn.Module):
 class Encoder(nn.Module):
     """The approximate posterior q(z | x): a diagonal Gaussian for each image.
 
-    Three blocks of convolution, pooling and ReLU halve the resolution three times; two linear
-    layers read the mean and the log-variance off the result (the post, "Layers"). The ReLU stands
-    behind the pooling, not before it as in the post: a maximum and a ReLU commute, so outputs and
-    gradients are the same to the bit, and the ReLU has a quarter of the values to look at.
+    Three blocks of convolution, ReLU and pooling halve the resolution three times; two linear
+    layers read the mean and the log-variance off the result (the post, "Layers").
 
     ``image_resolution`` is (height, width), ``ValueError`` if that cannot be halved three times.
-    ``batch_norm`` normalises each convolution's output over the batch (Ioffe & Szegedy 2015).
+    ``batch_norm`` normalises each convolution's output over the batch, before its ReLU (Ioffe &
+    Szegedy 2015).
     """
 
     def __init__(
@@ -48,16 +47,16 @@ class Encoder(nn.Module):
         channels, h, w = feature_shape(image_resolution)
         self.conv1 = nn.Conv2d(image_channels, 16, kernel_size=3, padding="same")
         self.norm1 = nn.BatchNorm2d(16) if batch_norm else nn.Identity()
-        self.pool1 = nn.MaxPool2d(kernel_size=2)
         self.act1 = nn.ReLU()
+        self.pool1 = nn.MaxPool2d(kernel_size=2)
         self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding="same")
         self.norm2 = nn.BatchNorm2d(32) if batch_norm else nn.Identity()
-        self.pool2 = nn.MaxPool2d(kernel_size=2)
         self.act2 = nn.ReLU()
+        self.pool2 = nn.MaxPool2d(kernel_size=2)
         self.conv3 = nn.Conv2d(32, channels, kernel_size=3, padding="same")
         self.norm3 = nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
-        self.pool3 = nn.MaxPool2d(kernel_size=2)
         self.act3 = nn.ReLU()
+        self.pool3 = nn.MaxPool2d(kernel_size=2)
         self.flatten = nn.Flatten()
         self.fcm = nn.Linear(channels * h * w, latent_size)
         self.fcv = nn.Linear(channels * h * w, latent_size)
@@ -67,9 +66,9 @@ class Encoder(nn.Module):
 
         ``x`` are images in [0, 1], [batch, channels, height, width].
         """
-        x = self.act1(self.pool1(self.norm1(self.conv1(x))))  # [batch, 16, height/2, width/2]
-        x = self.act2(self.pool2(self.norm2(self.conv2(x))))  # [batch, 32, height/4, width/4]
-        x = self.act3(self.pool3(self.norm3(self.conv3(x))))  # [batch, 64, height/8, width/8]
+        x = self.pool1(self.act1(self.norm1(self.conv1(x))))  # [batch, 16, height/2, width/2]
+        x = self.pool2(self.act2(self.norm2(self.conv2(x))))  # [batch, 32, height/4, width/4]
+        x = self.pool3(self.act3(self.norm3(self.conv3(x))))  # [batch, 64, height/8, width/8]
         x = self.flatten(x)  # [batch, 64 * height/8 * width/8]
         return self.fcm(x), self.fcv(x)
 

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LIKELIHOODS = ("gaussian", "bernoulli", "sigma")
+BETA_SCHEDULES = ("constant", "linear", "cyclical")
+
 
 class ELBOLoss(nn.Module):
     """Reconstruction loss + beta * KL(q(z | x) || p(z)), mean over the batch.
@@ -17,7 +20,10 @@ class ELBOLoss(nn.Module):
     - ``"gaussian"``: the squared error summed over the image, as in the post: a Gaussian of
       variance 1/2 without its constants, so not comparable in nats;
     - ``"bernoulli"``: the binary cross-entropy summed over the image, in nats; no value counts for
-      more than 100.
+      more than 100;
+    - ``"sigma"``: a Gaussian with one variance for all values, the batch's mean squared error,
+      which is the best there is (Rybkin et al. 2021, section 3), with its constants, in nats. No
+      beta has to be searched for: 1 is right.
 
     ``ValueError`` for a negative or non-finite beta or an unknown likelihood.
     """
@@ -26,8 +32,8 @@ class ELBOLoss(nn.Module):
         super().__init__()
         if not (math.isfinite(beta) and beta >= 0):
             raise ValueError(f"beta is {beta}: a finite number of at least 0 is needed")
-        if likelihood not in ("gaussian", "bernoulli"):
-            raise ValueError(f"likelihood is {likelihood!r}: gaussian or bernoulli is needed")
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood is {likelihood!r}: one of {LIKELIHOODS} is needed")
         self.beta = beta
         self.likelihood = likelihood
 
@@ -57,14 +63,61 @@ class ELBOLoss(nn.Module):
     def reconstruction_loss(self, original: Tensor, reconstruction: Tensor) -> Tensor:
         """Return the likelihood's loss, summed over each image, mean over the batch."""
         if self.likelihood == "bernoulli":
-            # The function refuses NaN; here it stays NaN, for whoever trains to stop at.
-            p = reconstruction.nan_to_num(0.5)
-            entropy = F.binary_cross_entropy(p, original, reduction="none")
-            return entropy.sum(dim=(1, 2, 3)).mean() + 0 * reconstruction.sum()
-        return torch.square(original - reconstruction).sum(dim=(1, 2, 3)).mean()
+            return bernoulli_loss(original, reconstruction)
+        squared_error = torch.square(original - reconstruction).sum(dim=(1, 2, 3)).mean()
+        if self.likelihood == "sigma":
+            return sigma_loss(squared_error, values=original[0].numel())
+        return squared_error
+
+
+def bernoulli_loss(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """Return -log p(x | z) in nats per image, with each value a Bernoulli distribution's mean.
+
+    Both are [batch, channels, height, width] in [0, 1].
+    """
+    # PyTorch's function raises an error for NaN; here the loss is NaN, as in the other likelihoods.
+    entropy = F.binary_cross_entropy(reconstruction.nan_to_num(0.5), original, reduction="none")
+    entropy = torch.where(reconstruction.isnan(), math.nan, entropy)
+    return entropy.sum(dim=(1, 2, 3)).mean()
+
+
+def sigma_loss(squared_error: Tensor, values: int) -> Tensor:
+    """Return -log p(x | z) in nats per image, with p the Gaussian of the best single variance.
+
+    ``squared_error`` is per image, a mean over the batch; an image has so many ``values``. The best
+    variance is the mean squared error of a value (Rybkin et al. 2021, "optimal sigma-VAE").
+    """
+    # A thousandth of the range of [0, 1] at least: at 0 the logarithm would run away.
+    variance = (squared_error / values).clamp(min=1e-3**2)
+    return 0.5 * (squared_error / variance + values * torch.log(2 * math.pi * variance))
 
 
 def kl_per_dimension(mean: Tensor, log_var: Tensor) -> Tensor:
     """Return KL(N(mean, exp(log_var)) || N(0, 1)) in nats for each element, the inputs' shape."""
     # expm1 keeps the digits that 1 + log_var - exp(log_var) loses next to zero.
     return 0.5 * (torch.square(mean) + torch.expm1(log_var) - log_var)
+
+
+def annealed_beta(
+    beta: float, schedule: str, epoch: int, epochs: int, warmup_epochs: int, cycles: int
+) -> float:
+    """Return the weight of the KL divergence in an ``epoch``, counted from 0, of ``epochs``.
+
+    The post ("Practical Aspects") advises a low weight at first. ``schedule`` is
+
+    - ``"constant"``: always ``beta``;
+    - ``"linear"``: up from 0 to ``beta`` in ``warmup_epochs``, then constant (Sønderby et al. 2016,
+      "Ladder Variational Autoencoders");
+    - ``"cyclical"``: ``cycles`` times up from 0, each time in the first half of the cycle, and
+      constant in the second (Fu et al. 2019, "Cyclical Annealing Schedule").
+
+    ``ValueError`` for another schedule.
+    """
+    if schedule == "constant":
+        return beta
+    if schedule == "linear":
+        return beta * min(1.0, epoch / max(1, warmup_epochs))
+    if schedule == "cyclical":
+        share_of_cycle = (epoch * cycles % epochs) / epochs  # the remainder is exact: whole numbers
+        return beta * min(1.0, 2 * share_of_cycle)
+    raise ValueError(f"schedule is {schedule!r}: one of {BETA_SCHEDULES} is needed")

@@ -11,50 +11,63 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
-from datasets.preprocessing import InMemory
+from datasets.memory import InMemory
+from vae.checkpoint import as_plain, replace_atomically
+from vae.command_line import quote
 from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples
 from vae.latent import fit_latents
 from vae.losses import ELBOLoss
-from vae.run import FREE, Run, load_checkpoint, quote, replace_atomically
+from vae.run import FREE, Run
 from vae.vae import VAE
 
 Splits = tuple[InMemory, InMemory, InMemory]  # train, val and test
 
-LOOK_EVERY = 10  # epochs between two looks at the validation split
-COMPARED = ("squared_error", "squared_error_mean", "kl", "active_units")
+# What TensorBoard shows of a run's progress, and compares between runs.
+COMPARED = ("squared_error", "squared_error_mean", "kl", "active_units", "total_loss")
 
 
 def opening(run: Run, model: VAE, splits: Splits, epoch: int) -> str:
     """Return what a run says at its start: on what it is trained, where, and from which epoch."""
-    options, parameters = run.options, sum(weight.numel() for weight in model.parameters())
-    counts = "{:,} training, {:,} validation and {:,} test pictures".format(*map(len, splits))
-    going = f"goes on at epoch {epoch} of" if epoch else "is trained for"
+    options = run.options
+    train, val, test = (f"{len(split):,}" for split in splits)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    going = f"is trained for {options.epochs} epochs"
+    if epoch == options.epochs:
+        going = f"has ended after its {epoch} epochs: only its report is made again"
+    elif epoch:
+        going = f"goes on at epoch {epoch} of {options.epochs}"
     return (
-        f"{options.dataset}: {counts} of {options.image_size}x{options.image_size}\n"
-        f"A VAE of {parameters:,} parameters {going} {options.epochs} epochs on "
-        f"{run.device}\nIts folder: {run.folder}"
+        f"{options.dataset}: {train} training, {val} validation and {test} test pictures "
+        f"of {options.image_size}x{options.image_size}\n"
+        f"A VAE of {parameters:,} parameters {going} on {run.device}\n"
+        f"Its folder: {run.folder}"
     )
+
+
+# While it trains.
 
 
 @torch.no_grad()
 def write_validation(
     writer: SummaryWriter, model: VAE, loss: ELBOLoss, splits: Splits, epoch: int
 ) -> None:
-    """Write beta, and every ten epochs validation metrics, test pairs and samples."""
-    writer.add_scalar("schedule/beta", loss.beta, epoch)
-    if (epoch + 1) % LOOK_EVERY:
-        return
+    """Write validation metrics, test pairs and samples to TensorBoard.
+
+    Nothing is written of a loss that is not finite: the end of the epoch stops such a run.
+    """
     train, val, test = splits
     metrics = evaluate(model, val.batches(), loss)
     if not math.isfinite(metrics["total_loss"]):
-        return  # Run.save or the report stops the run and says so.
+        return
     for name in COMPARED:
         writer.add_scalar(f"validation/{name}", metrics[name], epoch)
     writer.add_histogram("validation/kl_per_dimension", Tensor(metrics["kl_per_dimension"]), epoch)
-    latents = fit_latents(model, (x[::4] for x in train.batches(256)))  # enough for a look
+    # A quarter of the training pictures are enough for a look.
+    latents = fit_latents(model, (x[::4] for x in train.batches(256)))
     # Few and small: TensorBoard takes its time over each byte of a picture.
     writer.add_image("samples", make_grid(model.decoder(latents.sample((16,)))), epoch)
     writer.add_image("samples_prior", make_grid(model.sample(16)), epoch)
@@ -63,75 +76,124 @@ def write_validation(
 
 def test_pairs(model: VAE, test: InMemory, count: int) -> Tensor:
     """Return a grid: odd rows test pictures, even rows their reconstructions, as in the post."""
-    width, device = min(8, len(test)), next(model.parameters()).device
+    width = min(8, len(test))
     count = min(count, len(test)) // width * width  # whole rows
-    originals = test.images(slice(None, None, len(test) // count))[:count].to(device)
+    every = len(test) // count
+    originals = test.images(slice(None, None, every))[:count]
+    originals = originals.to(next(model.parameters()).device)
     reconstructions, _, _ = model(originals)
-    rows = zip(originals.split(width), reconstructions.split(width), strict=True)
-    return make_grid(torch.cat([row for pair in rows for row in pair]), nrow=width)
+    rows: list[Tensor] = []
+    for pair in zip(originals.split(width), reconstructions.split(width), strict=True):
+        rows.extend(pair)
+    return make_grid(torch.cat(rows), nrow=width)
+
+
+# When it has ended.
 
 
 @torch.no_grad()
-def report(run: Run, writer: SummaryWriter, model: VAE, splits: Splits) -> dict[str, Any]:
-    """Measure the trained model, leave metrics and pictures in its folder; return the metrics."""
-    options, seconds = run.options, time.perf_counter() - run.started
-    model.eval()
-    train, val, test = splits
-    loss = ELBOLoss(options.beta, options.likelihood)
-    named = {"train": train, "val": val, "test": test}
-    scores = {name: evaluate(model, split.batches(), loss) for name, split in named.items()}
-    if not math.isfinite(scores["train"]["total_loss"]):
-        raise run.diverged(options.epochs)
+def report(
+    run: Run, writer: SummaryWriter, model: VAE, loss: ELBOLoss, splits: Splits
+) -> dict[str, Any]:
+    """Measure the trained model; leave metrics, pictures and latents; return the metrics.
+
+    The model is in ``eval()`` mode, ``loss`` the one that it was trained with, at its final beta.
+    ``FloatingPointError`` if the loss is not finite.
+    """
+    seconds = time.perf_counter() - run.started
+    train, _, test = splits
+    metrics = describe(run, model, seconds)
+    metrics |= measure_splits(model, loss, splits)
+    run.check_finite(run.options.epochs - 1, metrics["train"]["total_loss"])
     latents = fit_latents(model, train.batches())
+    metrics |= measure_samples(model, latents, train, test)
+    with replace_atomically(run.folder / "metrics.json") as file:
+        file.write(json.dumps(metrics, indent=2, default=str).encode())
+    save_pictures(run.folder, model, latents, test)
+    write_hparams(writer, run.options, metrics["test"])
+    write_projector(writer, model, test, run.options.epochs)
+    # The last thing: a checkpoint that has latents is that of a run which has ended.
+    covariance = latents.covariance_matrix.cpu()
+    run.add_to_checkpoint(latents={"mean": latents.mean.cpu(), "covariance": covariance})
+    return metrics
+
+
+def measure_splits(model: VAE, loss: ELBOLoss, splits: Splits) -> dict[str, Any]:
+    """Return what ``evaluate`` measures on each split."""
+    names = ("train", "val", "test")
+    return {
+        name: evaluate(model, split.batches(), loss)
+        for name, split in zip(names, splits, strict=True)
+    }
+
+
+def measure_samples(
+    model: VAE, latents: MultivariateNormal, train: InMemory, test: InMemory
+) -> dict[str, Any]:
+    """Return how near new pictures are to test pictures, and how far PCA gets."""
     features = PCA(test.batches, 64)
-    metrics: dict[str, Any] = {
-        "dataset": options.dataset,
-        "epochs": options.epochs,
+    frechet = evaluate_samples(model, latents, test.batches, features)
+    pca = evaluate_pca(train.batches, test.batches, model.latent_size, features)
+    return {"samples": {"frechet": frechet}, "pca": pca}
+
+
+def describe(run: Run, model: VAE, seconds: float) -> dict[str, Any]:
+    """Return what was run: options, architecture, versions, device, time."""
+    versions = {"python": platform.python_version()}
+    for package in (torch, torchvision):
+        versions[package.__name__] = package.__version__
+    return {
+        "dataset": run.options.dataset,
+        "epochs": run.options.epochs,
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        **scores,
-        "samples": {"frechet": evaluate_samples(model, latents, test.batches, features)},
-        "pca": evaluate_pca(train.batches, test.batches, options.latent_size, features),
         "seconds": seconds,
         "device": str(run.device),
-        "versions": {"python": platform.python_version()}
-        | {each.__name__: each.__version__ for each in (torch, torchvision)},
-        "config": run.config,
+        "versions": versions,
+        "options": as_plain(asdict(run.options)),
+        "architecture": as_plain(run.architecture),
     }
-    with replace_atomically(run.folder / "metrics.json") as file:
-        file.write(json.dumps(metrics, indent=2).encode())
+
+
+def save_pictures(folder: Path, model: VAE, latents: MultivariateNormal, test: InMemory) -> None:
+    """Write pairs of test pictures and reconstructions, and samples of both kinds, as PNG files."""
     grids = {
         "reconstructions": test_pairs(model, test, 32),
         "samples": make_grid(model.decoder(latents.sample((64,)))),
         "samples_prior": make_grid(model.sample(64)),
     }
     for name, grid in grids.items():
-        with replace_atomically(run.folder / f"{name}.png") as file:
+        with replace_atomically(folder / f"{name}.png") as file:
             save_image(grid, file, format="png")
 
-    experiment = {name: value for name, value in asdict(options).items() if name not in FREE}
-    compared = {f"test/{name}": scores["test"][name] for name in COMPARED}
+
+def write_hparams(writer: SummaryWriter, options: Any, metrics: dict[str, Any]) -> None:
+    """Write the options and the test metrics to TensorBoard's HParams, to compare runs by."""
+    experiment = {}
+    for name, value in asdict(options).items():
+        if name not in FREE:  # TensorBoard takes numbers and text
+            experiment[name] = value if isinstance(value, int | float | str) else str(value)
+    compared = {f"test/{name}": metrics[name] for name in COMPARED}
     writer.add_hparams(experiment, compared, run_name=".")
-    write_latents(writer, model, test, options.epochs)
-    # The last: where they are, all is done.
-    fitted = {"mean": latents.mean.cpu(), "covariance": latents.covariance_matrix.cpu()}
-    checkpoint = load_checkpoint(run.folder / "checkpoint.pt") | {"latents": fitted}
-    with replace_atomically(run.folder / "checkpoint.pt") as file:
-        torch.save(checkpoint, file)
-    return metrics
 
 
-def write_latents(writer: SummaryWriter, model: VAE, test: InMemory, epoch: int) -> None:
+def write_projector(writer: SummaryWriter, model: VAE, test: InMemory, epoch: int) -> None:
     """Write test latents with thumbnails and species to TensorBoard's Projector."""
     # The Projector shows up to 8,192 x 8,192 pixels of thumbnails; five hundred are enough.
-    step = -(-len(test) // min(500, (8192 // model.image_resolution[0]) ** 2))
-    pictures, labels = test.images(slice(None, None, step)), test.labels[::step]
+    most = min(500, (8192 // model.image_resolution[0]) ** 2)
+    every = math.ceil(len(test) / most)
+    pictures, labels = test.images(slice(None, None, every)), test.labels[::every]
     device = next(model.parameters()).device
     means = torch.cat([model.encoder(batch.to(device))[0] for batch in pictures.split(64)])
-    names = test.classes
-    if names is not None and all(label in range(len(names)) for label in labels):
-        labels = [names[label] for label in labels]
     thumbnails = pictures[:, : 3 if pictures.shape[1] >= 3 else 1]  # as many as it can show
-    writer.add_embedding(means, [str(label) for label in labels], thumbnails, epoch, "test_latents")
+    names = species_names(labels, test.classes)
+    writer.add_embedding(means, names, thumbnails, epoch, "test_latents")
+
+
+def species_names(labels: list[Any], classes: Any) -> list[str]:
+    """Return labels as text: the names in ``classes`` where each label is one's place there."""
+    if classes is not None and all(label in range(len(classes)) for label in labels):
+        labels = [classes[label] for label in labels]
+    return [str(label) for label in labels]
 
 
 def summary(metrics: dict[str, Any], folder: Path) -> str:

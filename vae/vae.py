@@ -20,6 +20,7 @@ class VAE(nn.Module):
         super().__init__()
         self.image_resolution = image_resolution
         self.latent_size = latent_size
+        self.image_channels = image_channels
         self.encoder = Encoder(image_resolution, image_channels, latent_size, batch_norm)
         self.sample_latent = SampleLatent(latent_size)
         self.decoder = Decoder(image_resolution, image_channels, latent_size, batch_norm)

@@ -1,0 +1,282 @@
+"""What is kept of a run, and how it is read back: from a stranger's file, too."""
+
+import io
+import os
+import types
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+from torch.optim import Optimizer
+
+from datasets.errors import UserError
+from vae.vae import VAE
+
+# What a checkpoint holds of every model; a run's has more, to go on from.
+PARTS = ("architecture", "options", "state")
+
+# What torch.compile puts into the names of the weights of what it has compiled.
+COMPILED = "_orig_mod."
+
+
+class TrainedModel(NamedTuple):
+    """A model that was read from a checkpoint, ready for inference."""
+
+    model: VAE
+    options: dict[str, Any]  # of the run that trained it, as plain values
+    latents: MultivariateNormal | None  # fitted to the training pictures; None before a run's end
+
+
+# Reading and writing.
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; only tensors and plain values, so that it can run no code.
+
+    ``UserError`` if it is missing, damaged, or was not made by this code.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: a checkpoint.pt of a run is needed")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # PyTorch does not look at the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # PyTorch's reader has no exception of its own
+        raise UserError(f"{path} is damaged, or no checkpoint: {in_one_line(error)}") from None
+    if isinstance(checkpoint, dict) and "config" in checkpoint:
+        raise UserError(f"{path} is of an earlier version of this repository: train a new run")
+    with made_by_this_code(path):
+        for part in PARTS:
+            if not isinstance(checkpoint[part], dict):
+                raise TypeError(f"its {part} is no dictionary")
+    return checkpoint
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint that takes the place of the one before in the moment it is whole.
+
+    ``TypeError`` as in ``serialise``.
+    """
+    content = serialise(checkpoint)
+    with replace_atomically(path) as file:
+        file.write(content)
+
+
+def serialise(checkpoint: dict[str, Any]) -> memoryview:
+    """Return the bytes of a checkpoint's file.
+
+    ``TypeError`` names what could not be read back: that would be found too late.
+    """
+    buffer = io.BytesIO()
+    for name, part in checkpoint.items():
+        try:
+            torch.save(part, buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True)
+        except Exception as error:  # of whatever cannot be pickled, or not be read safely
+            kinds = "tensors, numbers, texts, and lists and dictionaries of them"
+            raise TypeError(f"{name} cannot be saved, only {kinds} can: {error}") from error
+        buffer.seek(0)
+        buffer.truncate()
+    torch.save(checkpoint, buffer)
+    return buffer.getbuffer()
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that takes the place of ``path`` once the block has ended well.
+
+    Of a link, the file that it points to is replaced; what is no file is not (``OSError``).
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file and is not replaced by one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_by_this_code(path: Path) -> Iterator[None]:
+    """Turn what PyTorch says of a checkpoint that does not fit the code into a ``UserError``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(f"{path} was made by other code: {in_one_line(error)}") from error
+
+
+def in_one_line(error: Exception) -> str:
+    """Return an error's message in one line of at most 300 characters, or else its kind."""
+    message = " ".join(str(error).split())[:300]
+    if isinstance(error, KeyError):
+        message = f"it has no {message}"
+    return message or type(error).__name__
+
+
+# The model.
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> TrainedModel:
+    """Rebuild the model that a checkpoint holds, with its run's options and fitted latents.
+
+    It is built as the checkpoint's ``architecture`` says: ``VAE(**architecture)``. What is raised
+    is as in ``load_checkpoint``; a slip in the layers keeps its traceback.
+    """
+    checkpoint = load_checkpoint(path)
+    architecture, weights = checkpoint["architecture"], checkpoint["state"].get("model")
+    with made_by_this_code(path):
+        signature(VAE).bind(**architecture)
+        check_sizes(architecture, weights)
+    model = VAE(**architecture)
+    with made_by_this_code(path):
+        model.load_state_dict(weights)
+        if not all_finite(model):
+            raise ValueError("its weights are not finite")
+        latents = as_distribution(checkpoint.get("latents"), model.latent_size, device)
+    return TrainedModel(model.to(device).eval(), checkpoint["options"], latents)
+
+
+def check_sizes(architecture: dict[str, Any], weights: Any) -> None:
+    """Raise ``RuntimeError`` if a model of this architecture has weights of other shapes.
+
+    It is built on PyTorch's "meta" device, where a weight has a shape and takes no memory: a
+    forged file may ask for any size.
+    """
+    try:
+        with torch.device("meta"):
+            model = VAE(**architecture)
+    except Exception:
+        return  # a slip, or a layer that cannot be built there: building it for real tells
+    shapes = {name: torch.empty(value.shape, device="meta") for name, value in weights.items()}
+    model.load_state_dict(shapes)
+
+
+def as_distribution(
+    latents: dict[str, Tensor] | None, latent_size: int, device: torch.device | str
+) -> MultivariateNormal | None:
+    """Return the Gaussian whose ``mean`` and ``covariance`` a checkpoint has, if it has any."""
+    if not latents:
+        return None
+    mean = latents["mean"].to(device).expand(latent_size)
+    return MultivariateNormal(mean, latents["covariance"].to(device))
+
+
+def all_finite(module: nn.Module) -> bool:
+    """Return whether no weight is infinite or not a number."""
+    return all(weight.isfinite().all() for weight in module.state_dict().values())
+
+
+# The state of a run: whatever has a state_dict.
+
+
+def state_dicts(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the state of each object, with its weights under their plain names."""
+    plain = {}
+    for name, each in state.items():
+        values = each.state_dict()
+        plain[name] = {plain_name(key): value for key, value in values.items()}
+    return plain
+
+
+def load_state_dicts(state: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Put each object into the state that ``state_dicts`` returned of it.
+
+    ``ValueError`` if it has other objects, or values that no optimiser could have left there;
+    and whatever the objects themselves raise.
+    """
+    missing = [name for name in state if name not in saved]
+    surplus = [name for name in saved if name not in state]
+    if missing or surplus:
+        raise ValueError(
+            f"its state has {', '.join(saved)}; the code has {', '.join(state)} "
+            f"(missing: {', '.join(missing) or 'none'}; too much: {', '.join(surplus) or 'none'})"
+        )
+    for name, each in state.items():
+        own_names = {plain_name(key): key for key in each.state_dict()}
+        each.load_state_dict({own_names.get(key, key): x for key, x in saved[name].items()})
+        if isinstance(each, Optimizer):
+            check_optimiser(each)
+
+
+def plain_name(key: Any) -> Any:
+    """Return a weight's name as it is without ``torch.compile``."""
+    return key.replace(COMPILED, "") if isinstance(key, str) else key
+
+
+def check_optimiser(optimiser: Optimizer) -> None:
+    """Raise ``ValueError`` for a state that no step of an optimiser could have left.
+
+    Fused steps trust what they find: a tensor that is smaller than its parameter would let them
+    read memory that is not theirs.
+    """
+    for group in optimiser.param_groups:
+        for weight in group["params"]:
+            for name, value in optimiser.state.get(weight, {}).items():
+                if not isinstance(value, Tensor):
+                    continue
+                if not value.isfinite().all():
+                    raise ValueError(f"the optimiser's {name} is not finite")
+                fits = value.ndim == 0 or value.shape == weight.shape
+                if group.get("fused") and not fits:
+                    sizes = f"{list(value.shape)}, its parameter {list(weight.shape)}"
+                    raise ValueError(f"the optimiser's {name} has the shape {sizes}")
+
+
+# Options: of any kind that a command line reads.
+
+
+def as_plain(value: Any) -> Any:
+    """Return an option's value as a checkpoint holds it: a path as its text."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {key: as_plain(each) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(as_plain(each) for each in value)
+    return value
+
+
+def as_declared(value: Any, hint: Any) -> Any:
+    """Return a plain value as the option's type hint has it: a text as a path, if it is one."""
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    inner = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType) and isinstance(value, str):
+        return Path(value) if Path in inner and str not in inner else value
+    if isinstance(value, tuple | list) and inner:
+        hints = inner if len(inner) == len(value) and ... not in inner else inner[:1] * len(value)
+        return type(value)(as_declared(*pair) for pair in zip(value, hints, strict=True))
+    return value
+
+
+def saved_options(kind: type, checkpoint: dict[str, Any], path: Path) -> Any:
+    """Return the options, of the data class ``kind``, of the run whose checkpoint is in ``path``.
+
+    An option that the class has since then has its default. ``UserError`` names one that the class
+    no longer has.
+    """
+    saved = checkpoint["options"]
+    hints = get_type_hints(kind)
+    gone = [f"{name} = {value!r}" for name, value in saved.items() if name not in hints]
+    if gone:
+        raise UserError(f"{path} has options that this code has not: {', '.join(gone)}")
+    with made_by_this_code(path):
+        return kind(**{name: as_declared(value, hints[name]) for name, value in saved.items()})
