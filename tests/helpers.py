@@ -1,7 +1,6 @@
 """What the tests of training share: small runs, signals in the middle, and two runs compared."""
 
 import json
-import pkgutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from vae.run import load_checkpoint
+from vae.checkpoint import load_checkpoint
 from vae.vae import VAE
 from vae_training import Options, train
 
@@ -22,17 +22,27 @@ ROOT = Path(__file__).parents[1]
 LOSSES = ("KL Loss", "Reconstruction Loss", "Total Loss")
 # With 20 training pictures, an epoch has three steps, the last one on 4 pictures.
 SMALL = {
-    **{"dataset": "small", "image_size": 8, "latent_size": 2},
-    **{"batch_size": 8, "epochs": 3, "device": "cpu"},
+    "dataset": "small",
+    "image_size": 8,
+    "latent_size": 2,
+    "batch_size": 8,
+    "epochs": 3,
+    "device": "cpu",
 }
 EVERYTHING = {
-    **{"batch_norm": True, "augment": True, "likelihood": "bernoulli"},
-    **{"beta_schedule": "linear", "warmup_epochs": 2, "lr_schedule": "cosine"},
+    "batch_norm": True,
+    "augment": True,
+    "likelihood": "bernoulli",
+    "beta_schedule": "linear",
+    "warmup_epochs": 2,
+    "lr_schedule": "cosine",
 }
 
-# Functions that a run calls in each step, and after its last one.
-STEP = "vae.losses.ELBOLoss.forward"
-REPORT = "vae.report.evaluate_pca"
+
+def flags(values: dict[str, object]) -> list[str]:
+    """Options as they are written on a command line."""
+    names = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    return [name if value is True else f"{name}={value}" for name, value in names.items()]
 
 
 def train_small(folder: Path, resume: bool = False, **changes: Any) -> dict[str, Any]:
@@ -41,7 +51,7 @@ def train_small(folder: Path, resume: bool = False, **changes: Any) -> dict[str,
     return metrics
 
 
-def through_mean(model: VAE, x: torch.Tensor) -> torch.Tensor:
+def through_mean(model: VAE, x: Tensor) -> Tensor:
     """Reconstruct images without noise."""
     return model.decoder(model.encoder(x)[0])
 
@@ -52,20 +62,42 @@ def seed_as(seed: int, epoch: int) -> None:
 
 
 @contextmanager
-def interruption(*signals: int, at: str = STEP, call: int = 1) -> Iterator[None]:
-    """Send this process signals when a function is called, at that call, counted from 1."""
-    function, calls = pkgutil.resolve_name(at), 0
+def interruption(*signals: int, at: str = "ELBOLoss", call: int = 1) -> Iterator[None]:
+    """Send this process signals when a module of a kind is called, at that call, counted from 1.
 
-    def interrupted(*arguments: Any) -> Any:
+    The loss is called once in each step of training.
+    """
+    calls = 0
+
+    def count_calls(module: torch.nn.Module, _: Any) -> None:
         nonlocal calls
-        calls += 1
-        for number in signals if calls == call else ():
-            signal.raise_signal(number)
-        return function(*arguments)
+        if type(module).__name__ == at:
+            calls += 1
+            for number in signals if calls == call else ():
+                signal.raise_signal(number)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(at, interrupted)
+    with register_module_forward_pre_hook(count_calls):
         yield
+
+
+def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in dictionaries and lists, each with where it stands."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from tensors_in(each, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from tensors_in(each, f"{name}.{index}")
+
+
+def assert_same_tensors(value: Any, other: Any) -> None:
+    """Both have the same tensors in the same places, to the bit."""
+    tensors, others = dict(tensors_in(value)), dict(tensors_in(other))
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
 
 
 def read_events(folder: Path) -> dict[str, dict[str, Any]]:
@@ -90,19 +122,17 @@ def read_losses(folder: Path) -> np.ndarray:
 
 def assert_same_run(folder: Path, other: Path) -> None:
     """Weights, latents, TensorBoard points, metrics and pictures are the same to the bit."""
-    checkpoints = [load_checkpoint(run / "checkpoint.pt") for run in (folder, other)]
-    for part in ("model", "latents"):
-        tensors, others = (checkpoint[part] for checkpoint in checkpoints)
-        assert tensors.keys() == others.keys()
-        for name, value in tensors.items():
-            assert torch.equal(value, others[name]), name
+    checkpoint, other_checkpoint = (
+        load_checkpoint(run / "checkpoint.pt") for run in (folder, other)
+    )
+    assert_same_tensors(checkpoint, other_checkpoint)
     points, others = (
         {run: {tag: sorted(set(tags[tag])) for tag in tags} for run, tags in events.items()}
         for events in map(read_events, (folder, other))
     )
     assert points == others  # one that was replayed stands twice, if it is the same
     metrics, others = (json.loads((run / "metrics.json").read_bytes()) for run in (folder, other))
-    changing = {"seconds": None, "config": None}
+    changing = {"seconds": None, "options": None}
     assert metrics | changing == others | changing
     for name in ("reconstructions.png", "samples.png", "samples_prior.png"):
         assert (folder / name).read_bytes() == (other / name).read_bytes()
@@ -123,20 +153,28 @@ def seeded(seed: int = 0) -> Iterator[None]:
         yield
 
 
-def write_checkpoint(path: Path, model: VAE, fitted: bool = True, **config: Any) -> Path:
+def write_checkpoint(path: Path, model: VAE, fitted: bool = True, **options: Any) -> Path:
     """Write a model's checkpoint as training leaves it; call it inside ``seeded``."""
     # Untrained encoders and decoders give nearly the same whatever they are given.
-    for layer in (model.encoder.fcm, model.decoder.fc):
-        layer.weight.data *= 40
-    size, normed = model.latent_size, isinstance(model.decoder.norm1, torch.nn.BatchNorm2d)
-    shape = {"image_resolution": list(model.image_resolution), "batch_norm": normed}
-    shape |= {"image_channels": model.encoder.conv1.in_channels, "latent_size": size}
+    model.encoder.fcm.weight.data *= 40
+    model.decoder.fc.weight.data *= 40
+    checkpoint = {
+        "architecture": {
+            "image_resolution": model.image_resolution,
+            "latent_size": model.latent_size,
+            "image_channels": model.image_channels,
+            "batch_norm": isinstance(model.decoder.norm1, torch.nn.BatchNorm2d),
+        },
+        "options": {"dataset": "auto"} | options,
+        "state": {"model": model.state_dict()},
+    }
+    size = model.latent_size
     root = 0.3 * torch.randn(size, size)
-    latents = {"mean": torch.linspace(-1, 1, size), "covariance": root @ root.T}
-    latents["covariance"].diagonal().add_(0.01)
-    checkpoint = {"model": model.state_dict(), "config": {"dataset": "auto"} | shape | config}
+    covariance = root @ root.T + 0.01 * torch.eye(size)
+    if fitted:
+        checkpoint["latents"] = {"mean": torch.linspace(-1, 1, size), "covariance": covariance}
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint | ({"latents": latents} if fitted else {}), path)
+    torch.save(checkpoint, path)
     return path
 
 

@@ -30,6 +30,7 @@ from vae.checkpoint import (
     made_by_this_code,
     save_checkpoint,
     saved_options,
+    serialise,
     state_dicts,
 )
 
@@ -101,8 +102,10 @@ class Run:
 
         ``state`` has whatever a resumed run goes on from, each with a ``state_dict`` and a
         ``load_state_dict``, the model among them as "model". ``architecture`` are the arguments of
-        which the model is built. ``UserError`` if the checkpoint is of another experiment.
+        which the model is built. ``UserError`` if the checkpoint is of another experiment,
+        ``TypeError`` if architecture or options are nothing that a checkpoint can hold.
         """
+        serialise({"architecture": architecture, "options": as_plain(asdict(self.options))})
         self.state, self.architecture = state, architecture
         self.pictures = checksum(splits)
         epoch = self.restore() if self.resume else 0
@@ -150,7 +153,8 @@ class Run:
         """Take up the state from the checkpoint; return the epoch to go on with."""
         path = self.folder / "checkpoint.pt"
         checkpoint = load_checkpoint(path)
-        check_same_experiment(saved_options(type(self.options), checkpoint, path), self.options)
+        before = saved_options(type(self.options), checkpoint, path)
+        check_same_experiment(with_whole_paths(before), self.options)
         with made_by_this_code(path):
             epoch, seconds = checkpoint["epoch"], checkpoint["seconds"]
             if epoch not in range(self.options.epochs + 1) or isinstance(epoch, float):
