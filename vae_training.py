@@ -52,7 +52,7 @@ class Options:
 
     latent_size: int = 10  # latent dimensions
     batch_norm: bool = False  # batch normalisation in encoder and decoder
-    # squared error, cross-entropy, or a Gaussian whose variance is learnt (with it take beta 1)
+    # squared error; cross-entropy; sigma: a Gaussian with the best variance, made for beta 1
     likelihood: Literal["gaussian", "bernoulli", "sigma"] = "gaussian"
     beta: float = 0.1  # weight of the KL divergence; 1 is the weight in the ELBO
     beta_schedule: Literal["constant", "linear", "cyclical"] = "constant"  # the others rise from 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import vae.report
+import vae_training
 from vae.run import Stopped
 from vae.vae import VAE
 from vae_inference import main
@@ -145,7 +145,7 @@ def train(folder: Path, device: str, **options: Any) -> dict[str, Any]:
     with interruption(signal.SIGINT), pytest.raises(Stopped):
         train_small(folder, device=device, **options)
     metrics = train_small(folder, resume=True, device=device, **options)
-    metrics |= {"seconds": None, "config": None}
+    metrics |= {"seconds": None, "options": None}
     return metrics | {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
@@ -166,7 +166,7 @@ def draw(folder: Path, device: str) -> list[bytes]:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_run_on_a_stand_in_device_is_the_run_on_the_cpu(tmp_path, monkeypatch, options):
-    monkeypatch.setattr(vae.report, "LOOK_EVERY", 2)
+    monkeypatch.setattr(vae_training, "VALIDATE_EVERY", 2)
     home = train(tmp_path / "home", "cpu", **options)
     with stand_in():
         assert train(tmp_path / "away", "auto", **options) == home | {"device": str(DEVICE)}

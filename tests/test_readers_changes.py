@@ -454,6 +454,14 @@ def test_a_slip_in_the_layers_keeps_its_traceback_when_the_model_is_to_draw(slip
     assert str(copy / LAYERS) in {str(entry.path) for entry in slipped.traceback}
 
 
+def test_a_slip_in_the_loop_keeps_its_traceback(copy, tmp_path):
+    change(copy, {TRAINING: [("_, kl_loss, reconstruction", "kl_loss, reconstruction")]})
+    slip = pytest.raises(ValueError, match="too many values to unpack")
+    with imported_from(copy) as (training, _), slip as slipped:
+        training.main([*FOUR_EPOCHS, f"--log-dir={tmp_path}"])
+    assert str(copy / TRAINING) in {str(entry.path) for entry in slipped.traceback}
+
+
 def test_what_cannot_be_kept_is_named_before_the_first_epoch(copy, tmp_path):
     edits = {
         TRAINING: [

@@ -146,7 +146,8 @@ def evaluate_pca(train: Batches, test: Batches, components: int, features: PCA) 
     # Codes are uncorrelated, so their Gaussian is one for each component.
     codes = pca.encode(train())
     noise = torch.randn(count, codes.shape[1])
-    drawn = codes.mean(dim=0) + noise * codes.std(dim=0, correction=0)
+    spread = (codes - codes.mean(dim=0)).square().mean(dim=0).sqrt()
+    drawn = codes.mean(dim=0) + noise * spread
     samples = (pca.decode(z).clamp(0, 1) for z in drawn.split(64))
     return {
         "components": components,

@@ -39,7 +39,7 @@ def opening(run: Run, model: VAE, splits: Splits, epoch: int) -> str:
     if epoch == options.epochs:
         going = f"has ended after its {epoch} epochs: only its report is made again"
     elif epoch:
-        going = f"goes on at epoch {epoch} of {options.epochs}"
+        going = f"goes on at epoch {epoch} of {options.epochs} epochs"
     return (
         f"{options.dataset}: {train} training, {val} validation and {test} test pictures "
         f"of {options.image_size}x{options.image_size}\n"
@@ -107,15 +107,16 @@ def report(
     run.check_finite(run.options.epochs - 1, metrics["train"]["total_loss"])
     latents = fit_latents(model, train.batches())
     metrics |= measure_samples(model, latents, train, test)
+    content = json.dumps(metrics, indent=2, default=str)
     with replace_atomically(run.folder / "metrics.json") as file:
-        file.write(json.dumps(metrics, indent=2, default=str).encode())
+        file.write(content.encode())
     save_pictures(run.folder, model, latents, test)
     write_hparams(writer, run.options, metrics["test"])
     write_projector(writer, model, test, run.options.epochs)
     # The last thing: a checkpoint that has latents is that of a run which has ended.
     covariance = latents.covariance_matrix.cpu()
     run.add_to_checkpoint(latents={"mean": latents.mean.cpu(), "covariance": covariance})
-    return metrics
+    return json.loads(content)  # as everybody reads them: a list in place of each tuple
 
 
 def measure_splits(model: VAE, loss: ELBOLoss, splits: Splits) -> dict[str, Any]:
