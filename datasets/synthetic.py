@@ -33,7 +33,7 @@ class SyntheticFlowers(Dataset):
     """Flowers of 102 invented species, in splits of the sizes that Flowers102 has.
 
     The parameters are torchvision's, of which ``root`` and ``download`` mean nothing here. The
-    pictures, ``side`` x ``side`` pixels each, are drawn when they are first counted or asked for.
+    pictures, ``side`` x ``side`` pixels each, are drawn all at once when one is first asked for.
     """
 
     classes = tuple(map(str, range(102)))
@@ -50,12 +50,16 @@ class SyntheticFlowers(Dataset):
         self._labels = [number % 102 for number in range(SPLITS[split])]
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Return a picture as the transform makes it, and its species, 0 to 101."""
         image = Image.fromarray(self._pictures[index])
         return self.transform(image) if self.transform else image, self._labels[index]
+
+    def depends_on(self) -> list[Path]:
+        """Return no files: the pictures follow from this code and the parameters."""
+        return []
 
     @cached_property
     def _pictures(self) -> np.ndarray:

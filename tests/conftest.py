@@ -20,8 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import Flowers102
 from torchvision.transforms import ToTensor
 
-from datasets import DATASETS, preprocessing
-from datasets.preprocessing import InMemory
+from datasets.memory import InMemory
 
 SIZES = {"train": 20, "val": 6, "test": 34}
 
@@ -34,15 +33,25 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_outside_of_the_repository(tmp_path_factory) -> Iterator[None]:
+    """Tests, and the programs that they start, keep pictures in a temporary folder."""
+    before = names_in_repositorys_cache()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocessing, "CACHE_FOLDER", tmp_path_factory.mktemp("cache"))
+        patch.setenv("DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+    assert names_in_repositorys_cache() <= before, (
+        "datasets/cache has new files: of a test, or of a program that ran beside the tests"
+    )
+
+
+def names_in_repositorys_cache() -> set[str]:
+    folder = Path(__file__).parents[1] / "datasets" / "cache"
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 @pytest.fixture
 def cache_folder(tmp_path, monkeypatch) -> Path:
     """An empty cache of the test's own."""
-    monkeypatch.setattr(preprocessing, "CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setenv("DATASETS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -195,6 +204,8 @@ class SmallPictures(Dataset):
 @pytest.fixture(scope="session", autouse=True)
 def _small_pictures() -> Iterator[None]:
     """``--dataset small``: three batches of 8 in an epoch, the last one of 4."""
+    from vae_training import DATASETS  # here, since the tests of data sets go without training
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASETS, "small", SmallPictures)
         yield

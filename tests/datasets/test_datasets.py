@@ -5,16 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_photograph
+from pictures import write_photograph
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import Flowers102
+from torchvision.datasets import DTD, Flowers102
 from torchvision.transforms import Compose, Resize, ToTensor
 
 import datasets
-from datasets import DATASETS, download, find_dataset
+from datasets import download, find_dataset
+from datasets.errors import UserError
 from datasets.folder import PictureFolder
-from datasets.preprocessing import InMemory, UserError
+from datasets.memory import InMemory
+from datasets.synthetic import SyntheticFlowers
+
+DATASETS = {"flowers102": Flowers102, "dtd": DTD, "synthetic": SyntheticFlowers}
 
 ARCHIVE = "102flowers.tgz"
 FILES = (ARCHIVE, "imagelabels.mat", "setid.mat")
@@ -38,19 +42,19 @@ def stall(server, handler) -> None:
 
 
 def test_auto_takes_flowers_on_disk_and_any_other_name_stays(server, data_root, tmp_path):
-    assert find_dataset("auto", data_root)[0] == "flowers102"
+    assert find_dataset("auto", data_root, DATASETS)[0] == "flowers102"
     for name in ("flowers102", "synthetic", str(tmp_path)):
-        assert find_dataset(name, data_root)[0] == name
+        assert find_dataset(name, data_root, DATASETS)[0] == name
     assert server.asked_for == []
 
 
 def test_auto_downloads_what_is_not_on_disk(server, tmp_path):
-    assert find_dataset("auto", tmp_path)[0] == "flowers102"
+    assert find_dataset("auto", tmp_path, DATASETS)[0] == "flowers102"
     assert len(Flowers102(tmp_path, "test")) == 34
 
 
 def test_auto_takes_synthetic_flowers_where_no_server_is_and_says_why(no_server, tmp_path, capsys):
-    name, dataset = find_dataset("auto", tmp_path)
+    name, dataset = find_dataset("auto", tmp_path, DATASETS)
     assert (name, len(dataset(split="val"))) == ("synthetic", 1020)
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "warning" in each]
     reason = f"warning: flowers102 is not in {tmp_path} and its server cannot be reached"
@@ -58,14 +62,14 @@ def test_auto_takes_synthetic_flowers_where_no_server_is_and_says_why(no_server,
     assert "refused" in line
     assert line.endswith("Training on SYNTHETIC flowers")
     with pytest.raises(ConnectionError, match="--data-root, or take --dataset synthetic"):
-        find_dataset("flowers102", tmp_path)
+        find_dataset("flowers102", tmp_path, DATASETS)
 
 
 @pytest.mark.parametrize("fault", ["cut_off", "garble"])
 def test_a_damaged_download_is_no_reason_to_fall_back(server, tmp_path, fault):
     server.faults[ARCHIVE] = getattr(server, fault)
     with pytest.raises(UserError, match="download of flowers102 is damaged"):
-        find_dataset("auto", tmp_path)
+        find_dataset("auto", tmp_path, DATASETS)
 
 
 # Other names.
@@ -73,7 +77,7 @@ def test_a_damaged_download_is_no_reason_to_fall_back(server, tmp_path, fault):
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_flowers_are_torchvisions_bit_for_bit(data_root, split):
-    _, dataset = find_dataset("flowers102", data_root)
+    _, dataset = find_dataset("flowers102", data_root, DATASETS)
     pictures = InMemory(dataset(split=split, transform=PIPELINE))
     expected = Flowers102(data_root, split, transform=PIPELINE)
     assert len(pictures) == len(expected)
@@ -85,12 +89,11 @@ def test_flowers_are_torchvisions_bit_for_bit(data_root, split):
 
 def test_a_folder_is_a_data_set(tmp_path, monkeypatch):
     for split in ("train", "val", "test"):
-        (tmp_path / "photographs" / split).mkdir(parents=True)
         write_photograph(tmp_path / "photographs" / split / "one.jpg")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in (str(tmp_path / "photographs"), "photographs", "~/photographs"):
-        _, dataset = find_dataset(name, tmp_path / "elsewhere")
+        _, dataset = find_dataset(name, tmp_path / "elsewhere", DATASETS)
         val = dataset(split="val", transform=PIPELINE)
         assert isinstance(val, PictureFolder)
         assert val[0][0].shape == (3, 8, 8)
@@ -99,7 +102,7 @@ def test_a_folder_is_a_data_set(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["mnist", __file__])
 def test_another_name_is_refused_in_one_line_that_has_all_names(tmp_path, name):
     with pytest.raises(UserError, match=f"--dataset is {name}: no such folder") as error:
-        find_dataset(name, tmp_path)
+        find_dataset(name, tmp_path, DATASETS)
     assert all(name in str(error.value) for name in DATASETS)
     assert "\n" not in str(error.value)
 
@@ -108,7 +111,7 @@ def test_another_name_is_refused_in_one_line_that_has_all_names(tmp_path, name):
 def test_a_data_root_that_cannot_be_written_to_is_an_error_of_its_own(server, tmp_path, name):
     (tmp_path / "data").write_text("a file where the folder should be")
     with pytest.raises(OSError, match=f"{tmp_path / 'data'}") as error:
-        find_dataset(name, tmp_path / "data")
+        find_dataset(name, tmp_path / "data", DATASETS)
     assert not isinstance(error.value, ConnectionError)
 
 
@@ -136,23 +139,21 @@ class Stamps(Dataset):
         return self.transform(Image.open(self.files[index])), index
 
 
-def test_a_class_of_the_readers_own_is_one_more_entry(tmp_path, monkeypatch, cache_folder):
-    monkeypatch.setitem(DATASETS, "stamps", Stamps)
-    _, dataset = find_dataset("stamps", tmp_path)
+def test_a_class_of_the_readers_own_is_one_more_entry(tmp_path):
+    _, dataset = find_dataset("stamps", tmp_path, DATASETS | {"stamps": Stamps})
     assert names_in(tmp_path) == {"stamps"}
     pictures = InMemory(dataset(split="val", transform=PIPELINE))
     assert pictures.pixels[:, 0, 0, 0].tolist() == [3, 4, 5]
     assert pictures.labels == [0, 1, 2]
 
 
-def test_an_error_in_the_readers_own_class_keeps_its_traceback(tmp_path, monkeypatch):
+def test_an_error_in_the_readers_own_class_keeps_its_traceback(tmp_path):
     class Broken(Dataset):
         def __init__(self, root, split="train", transform=None, download=False) -> None:
             raise RuntimeError("sizes do not match")
 
-    monkeypatch.setitem(DATASETS, "broken", Broken)
     with pytest.raises(RuntimeError, match="sizes do not match"):
-        find_dataset("broken", tmp_path)
+        find_dataset("broken", tmp_path, {"broken": Broken})
 
 
 # download().
@@ -161,12 +162,12 @@ def test_an_error_in_the_readers_own_class_keeps_its_traceback(tmp_path, monkeyp
 def test_a_download_leaves_the_flowers_unpacked_and_nothing_else(server, tmp_path, capsys):
     root = tmp_path / "some" / "data"
     before = socket.getdefaulttimeout()
-    download("flowers102", root)
+    download("flowers102", root, Flowers102)
     assert socket.getdefaulttimeout() == before != datasets.TIMEOUT
     assert f"Downloading flowers102 to {root}\n" in capsys.readouterr().err
     assert names_in(root) == {"flowers-102"}
     assert names_in(root / "flowers-102") == {*FILES, "jpg"}
-    assert all(path.is_file() for path in Flowers102(root, "test")._image_files)
+    assert len(list((root / "flowers-102" / "jpg").iterdir())) == 60
 
 
 @pytest.mark.parametrize("part", ["jpg", "imagelabels.mat"])
@@ -176,7 +177,7 @@ def test_flowers_that_lack_a_part_are_named_and_not_touched(server, data_root, p
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = names_in(folder)
     with pytest.raises(UserError, match=f"{folder} is there, damaged or .*move it away"):
-        find_dataset("flowers102", data_root)
+        find_dataset("flowers102", data_root, DATASETS)
     assert names_in(folder) == before
     assert names_in(data_root) == {"flowers-102"}
 
@@ -188,10 +189,10 @@ def test_after_a_damaged_download_nothing_is_left_and_the_next_succeeds(
 ):
     server.faults[name] = getattr(server, fault)
     with pytest.raises(UserError, match="the download of flowers102 is damaged"):
-        download("flowers102", tmp_path)
+        download("flowers102", tmp_path, Flowers102)
     assert names_in(tmp_path) == set()
     server.faults.clear()
-    download("flowers102", tmp_path)
+    download("flowers102", tmp_path, Flowers102)
     assert len(Flowers102(tmp_path, "train")) == 20
 
 
@@ -203,6 +204,6 @@ def test_a_server_that_does_not_answer_counts_as_unreachable(
     monkeypatch.setattr(datasets, "TIMEOUT", 0.3)
     server.faults[name] = partial(stall, server) if fault == "stall" else getattr(server, fault)
     with pytest.raises(ConnectionError, match="cannot be reached") as error:
-        download("flowers102", tmp_path)
+        download("flowers102", tmp_path, Flowers102)
     assert "\n" not in str(error.value)
     assert names_in(tmp_path) == set()

@@ -1,23 +1,15 @@
-import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
-from helpers import write_photograph
+from pictures import fill
 from torchvision.transforms import Compose, Resize, ToTensor
 
+from datasets.errors import UserError
 from datasets.folder import PictureFolder, find_pictures, split_of
-from datasets.preprocessing import InMemory, UserError, fingerprint
+from datasets.memory import InMemory
 
 SPLITS = ("train", "val", "test")
-
-
-def fill(folder: Path, *names: str) -> Path:
-    """Write a picture for each name below a folder."""
-    for seed, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_photograph(folder / name, seed=seed)
-    return folder
 
 
 def numbers(start: int, stop: int) -> list[str]:
@@ -47,9 +39,8 @@ def test_what_is_no_picture_or_is_hidden_is_passed_over(tmp_path, name):
 
 
 def test_heic_pictures_are_passed_over_with_a_warning_where_nothing_reads_them(
-    tmp_path, capsys, monkeypatch
+    tmp_path, capsys, no_heic
 ):
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
     fill(tmp_path, "one.jpg")
     for name in ("a.heic", "b.HEIC"):
         (tmp_path / name).write_bytes(b"some")
@@ -149,13 +140,6 @@ def test_a_damaged_picture_is_named_and_left_out_in_this_run_and_the_next(
         (warning,) = capsys.readouterr().err.splitlines()
         assert warning.startswith(f"warning: {damaged} cannot be read as a picture: ")
         assert warning.endswith(": it is left out")
-
-
-def test_a_picture_whose_rights_changed_is_read_again(tmp_path, cache_folder):
-    folder = fill(tmp_path / "mine", *(f"{split}/1.png" for split in SPLITS))
-    before = fingerprint(PictureFolder(folder))
-    (folder / "train" / "1.png").chmod(0o400)
-    assert fingerprint(PictureFolder(folder)) != before
 
 
 def test_a_split_of_damaged_pictures_only_is_refused(tmp_path):
