@@ -10,11 +10,11 @@ import torch
 from torchvision.datasets import Flowers102
 from torchvision.transforms import Compose, Resize, ToTensor
 
-from datasets.preprocessing import InMemory
+from datasets.memory import InMemory
 from datasets.synthetic import SyntheticFlowers
+from vae.checkpoint import load_checkpoint, load_model
 from vae.evaluation import evaluate
 from vae.losses import ELBOLoss
-from vae.run import load_checkpoint, load_model
 from vae_training import BEST, Options
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ PAGE = (ROOT / "results" / "trained.md").read_text()
     [(SyntheticFlowers, "synthetic flowers, validation"), (Flowers102, "validation photographs")],
 )
 def test_its_error_is_the_one_that_is_stated(dataset, row):
-    model, _, _ = load_model(TRAINED)
+    model = load_model(TRAINED).model
     pipeline = Compose([Resize(model.image_resolution), ToTensor()])
     try:
         val = InMemory(dataset(ROOT / "datasets", "val", pipeline), progress=False)
@@ -40,20 +40,21 @@ def test_its_error_is_the_one_that_is_stated(dataset, row):
 
 def test_it_holds_weights_options_and_latents_and_nothing_of_the_machine_that_trained_it():
     checkpoint = load_checkpoint(TRAINED)
-    assert checkpoint.keys() == {"model", "config", "latents"}
-    assert not {"data_root", "log_dir", "run_name"} & checkpoint["config"].keys()
+    assert checkpoint.keys() == {"architecture", "options", "state", "latents"}
+    assert checkpoint["state"].keys() == {"model"}
+    assert not {"data_root", "device", "log_dir", "run_name"} & checkpoint["options"].keys()
     assert TRAINED.stat().st_size < 300_000
 
 
 def test_it_is_the_best_setting():
-    _, config, _ = load_model(TRAINED)
+    options = load_model(TRAINED).options
     best, post = asdict(BEST), asdict(Options())
     chosen = {name for name in best if best[name] != post[name]} | {"beta", "latent_size"}
-    assert {name: config[name] for name in chosen} == {name: best[name] for name in chosen}
+    assert {name: options[name] for name in chosen} == {name: best[name] for name in chosen}
 
 
 def test_the_explorer_page_is_of_this_model():
     page = (ROOT / "results" / "explore.html").read_text()
     (exported,) = re.findall(r'id="model">(.*?)</script>', page)
-    _, _, latents = load_model(TRAINED)
+    latents = load_model(TRAINED).latents
     assert torch.tensor(json.loads(exported)["centre"]).allclose(latents.mean)

@@ -7,11 +7,13 @@ import pytest
 import torch
 from helpers import seeded, through_mean
 from scipy.linalg import sqrtm
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
+from datasets.memory import InMemory
 from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples, frechet_distance
-from vae.losses import ELBOLoss
+from vae.losses import LIKELIHOODS, ELBOLoss
+from vae.report import measure_samples
 from vae.vae import VAE
 
 
@@ -55,22 +57,56 @@ def test_the_squared_errors_and_the_kl_are_means_over_the_images_not_over_the_ba
     assert metrics["kl"] == pytest.approx(expected.sum().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
-def test_the_losses_are_those_of_the_loss_itself_over_the_whole_split(model, images, likelihood):
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_the_losses_are_those_of_the_loss_itself_and_larger_batches_count_for_more(
+    model, images, likelihood
+):
     loss = ELBOLoss(0.3, likelihood)
     with seeded(1):
-        metrics = evaluate(model, [images], loss)
+        metrics = evaluate(model, images.split(4), loss)
+    expected = torch.zeros(3)
     with seeded(1):
-        _, kl, reconstruction, total = loss(images, *model(images))
-    assert metrics["kl"] == pytest.approx(kl.item(), rel=1e-4)
-    assert metrics["reconstruction_loss"] == pytest.approx(reconstruction.item(), rel=1e-4)
-    assert metrics["total_loss"] == pytest.approx(total.item(), rel=1e-4)
+        for batch in images.split(4):
+            _, *losses = loss(batch, *model(batch))
+            expected += torch.stack(losses).detach() * len(batch) / len(images)
+    names = ("kl", "reconstruction_loss", "total_loss")
+    assert [metrics[name] for name in names] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-def test_active_units_are_the_dimensions_whose_mean_varies_over_the_data(model, images):
-    with torch.no_grad():
-        model.encoder.fcm.weight[1] = 0
-        model.encoder.fcm.weight[3] *= 1e-4
+class LongerLoss(ELBOLoss):
+    """A reader's own loss: a term more, which is returned in between too."""
+
+    def forward(self, *inputs: Tensor) -> tuple:
+        beta, kl, reconstruction, total = super().forward(*inputs)
+        further = 0.5 * inputs[0].mean() + kl.sqrt()
+        return beta, kl, reconstruction, further, total + further
+
+
+def test_a_further_term_of_the_loss_is_in_the_total_loss_and_in_nothing_else(model, images):
+    with seeded(1):
+        usual = evaluate(model, [images], ELBOLoss(0.3))
+    with seeded(1):
+        longer = evaluate(model, [images], LongerLoss(0.3))
+    further = 0.5 * images.mean().item() + math.sqrt(usual["kl"])
+    total = pytest.approx(usual["total_loss"] + further, rel=1e-5)
+    assert longer == usual | {"total_loss": total}
+
+
+class ReadsFourPixels(nn.Module):
+    """An encoder whose means are the image's first four values."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = x.flatten(1)[:, :4]
+        return mean, torch.zeros_like(mean)
+
+
+def test_active_units_are_the_dimensions_whose_mean_varies_by_more_than_a_hundredth(model):
+    model.encoder = ReadsFourPixels()
+    variances = torch.tensor([0.0, 0.0099, 0.0101, 0.2])
+    images = torch.full((10, 3, 8, 8), 0.5)
+    first_four = images.flatten(1)[:, :4]
+    first_four[::2] += variances.sqrt()
+    first_four[1::2] -= variances.sqrt()
     assert evaluate(model, images.split(4), ELBOLoss(1))["active_units"] == 2
 
 
@@ -155,6 +191,19 @@ def test_pcas_samples_are_of_the_gaussian_of_the_training_images():
     assert pca["frechet"]["samples"] < far / 20
 
 
+def test_pcas_samples_are_clipped_to_the_range_of_pictures():
+    # Pictures of one grey, all black or all white: PCA's are of any grey, half of them beyond.
+    pictures = torch.zeros(20_000, 1, 4, 4)
+    pictures[::2] = 1
+    with seeded():
+        features = PCA(lambda: [pictures], 64)
+        pca = evaluate_pca(lambda: [pictures], lambda: pictures.split(5000), 1, features)
+        greys = (0.5 + 0.5 * torch.randn(20_000)).clamp(0, 1)
+    # Each of 16 pixels counts the squared difference of its standard deviations.
+    expected = 16 * (0.5 - greys.std().item()) ** 2
+    assert pca["frechet"]["samples"] == pytest.approx(expected, rel=0.1)
+
+
 # frechet_distance().
 
 
@@ -192,21 +241,56 @@ def test_features_that_are_not_finite_have_no_frechet_distance(value):
 # evaluate_samples().
 
 
-def test_samples_are_compared_with_test_images_in_64_components(model):
+@pytest.fixture
+def latents() -> MultivariateNormal:
+    return MultivariateNormal(torch.tensor([3.0, 0, -2, 1]), 0.3 * torch.eye(4) + 0.2)
+
+
+def test_what_a_model_draws_is_as_far_from_test_images_as_such_draws_are(model, latents):
     test = images_of_known_spectrum(80, seed=3)
-    latents = MultivariateNormal(torch.tensor([3.0, 0, -2, 1]), 0.3 * torch.eye(4) + 0.2)
-    with seeded(1):
-        features = PCA(lambda: test.split(32), 64)
-        frechet = evaluate_samples(model, latents, lambda: test.split(32), features)
-    with seeded(1), torch.no_grad():
-        pca = PCA(lambda: test.split(32), 64)
-        drawn = {
-            "fitted": model.decoder(latents.sample((80,))),
-            "prior": model.decoder(torch.randn(80, 4)),
-            "reconstructions": torch.cat([model(x)[0] for x in test.split(32)]),
-        }
-    expected = {
-        name: frechet_distance(pca.encode([x]), pca.encode([test])) for name, x in drawn.items()
+    prior = MultivariateNormal(torch.zeros(4), torch.eye(4))
+    draws = {
+        "fitted": lambda: model.decoder(latents.sample((80,))),
+        "prior": lambda: model.decoder(prior.sample((80,))),
+        "reconstructions": lambda: model(test)[0],
     }
-    assert frechet == pytest.approx(expected, rel=1e-3)
-    assert len({round(value, 2) for value in frechet.values()}) == 3
+    with seeded(1), torch.no_grad():
+        features = PCA(lambda: test.split(32), 64)
+        codes = features.encode([test])
+        measured = [
+            evaluate_samples(model, latents, lambda: test.split(32), features) for _ in range(30)
+        ]
+        for name, draw in draws.items():
+            distances = torch.tensor([each[name] for each in measured])
+            expected = torch.tensor(
+                [frechet_distance(features.encode([draw()]), codes) for _ in range(30)]
+            )
+            # Six standard errors.
+            error = ((distances.var() + expected.var()) / 30).sqrt()
+            assert (distances.mean() - expected.mean()).abs() < 6 * error
+
+
+def without_noise(model: VAE) -> VAE:
+    """The model with posteriors that have no width."""
+    model.encoder.fcv.weight.data.zero_()
+    model.encoder.fcv.bias.data.fill_(-100)
+    return model
+
+
+def in_memory(images: Tensor) -> InMemory:
+    """Images, in [0, 1], as training keeps them."""
+    return InMemory([(image, 0) for image in images], progress=False)
+
+
+def test_a_run_compares_pictures_in_the_test_pictures_64_leading_components(model, latents):
+    train, test = (in_memory(images_of_known_spectrum(80, seed).clamp(0, 1)) for seed in (2, 3))
+    with seeded():
+        metrics = measure_samples(without_noise(model), latents, train, test)
+    pictures = test.images(slice(None))
+    centre, directions = exact_components(pictures, 64)
+    with torch.no_grad():
+        reconstructions = through_mean(model, pictures)
+    expected = frechet_distance(
+        *((x.flatten(1) - centre) @ directions for x in (reconstructions, pictures))
+    )
+    assert metrics["samples"]["frechet"]["reconstructions"] == pytest.approx(expected, rel=1e-3)

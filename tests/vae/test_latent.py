@@ -81,9 +81,6 @@ def test_in_between_mean_and_covariance_are_as_documented(spread):
     assert torch.allclose(z.T.cov(), spread**2 * LATENTS.covariance_matrix, atol=0.02)
 
 
-# From one picture to another.
-
-
 # Along one dimension.
 
 

@@ -6,6 +6,7 @@ from helpers import seeded, through_mean
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vae.latent import fit_latents, prior
 from vae.losses import ELBOLoss
 from vae.vae import VAE
 
@@ -124,27 +125,7 @@ def test_the_posts_weights_give_the_posts_outputs_losses_and_gradients(memory_fo
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=rounding)
 
 
-# Sizes.
-
-
-def test_images_with_height_and_width_swapped_are_refused_by_the_loss():
-    # They have as many features as the right ones, and come out of the model turned.
-    x = torch.rand(2, 3, 24, 16)
-    with pytest.raises(ValueError, match=r"\[2, 3, 24, 16\], \[2, 3, 16, 24\]"):
-        ELBOLoss(0.1)(x, *VAE((16, 24), 4, 3)(x))
-
-
 # The model in use.
-
-
-def test_the_reconstruction_is_a_draw_from_the_encoders_posterior_decoded():
-    model, x = VAE((16, 24), 4, 3), torch.rand(3, 3, 16, 24)
-    with seeded(1):
-        reconstruction, mean, log_var = model(x)
-    with seeded(1):
-        z = mean + torch.exp(log_var / 2) * torch.randn(3, 4)
-    assert all(map(torch.equal, model.encoder(x), (mean, log_var)))
-    assert torch.equal(model.decoder(z), reconstruction)
 
 
 def test_sample_decodes_draws_from_the_prior():
@@ -155,6 +136,33 @@ def test_sample_decodes_draws_from_the_prior():
         z = torch.randn(5, 4)
     assert samples.shape == (5, 3, 8, 16)
     assert torch.equal(samples, model.decoder(z))
+
+
+def test_samples_are_drawn_on_the_models_device_in_its_precision():
+    model = VAE((8, 16), 4, 3).to("meta", torch.float64)
+    assert (model.sample(2).device.type, model.sample(2).dtype) == ("meta", torch.float64)
+
+
+class OwnEncoder(nn.Module):
+    """A reader's own encoder: none of its layers has a name of the post's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_mean, self.to_log_var = nn.Linear(3 * 8 * 16, 4), nn.Linear(3 * 8 * 16, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.flatten(1)
+        return self.to_mean(x), self.to_log_var(x)
+
+
+def test_latents_prior_and_samples_do_not_ask_for_the_names_of_layers():
+    model, x = VAE((8, 16), 4, 3), torch.rand(9, 3, 8, 16)
+    model.encoder = OwnEncoder()
+    latents = fit_latents(model, x.split(4))
+    mean, _ = model.encoder(x)
+    torch.testing.assert_close(latents.mean, mean.mean(dim=0))
+    assert torch.equal(prior(model).covariance_matrix, torch.eye(4))
+    assert model.sample(2).shape == (2, 3, 8, 16)
 
 
 # Batch normalisation.
