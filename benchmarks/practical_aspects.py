@@ -7,9 +7,9 @@ seeds each; prints a table and draws figures. Stopped at any time, it goes on wh
 import io
 import json
 import re
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,23 @@ import torch
 import tyro
 from matplotlib import pyplot
 from matplotlib.image import imread
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
-from datasets.preprocessing import UserError
-from vae.run import FREE, one_line_errors
+from datasets.errors import UserError
+from vae.checkpoint import as_plain
+from vae.command_line import one_line_errors
+from vae.run import FREE
 from vae_training import BEST, Options, train
 
-Results = dict[str, list[dict[str, Any]]]  # what metrics.json has of each setting's seeds
-
 POST = Options(dataset="flowers102", epochs=200)  # enough epochs to tell the settings apart
-COSINE = replace(POST, learning_rate=1e-3, lr_schedule="cosine")
-POST_500 = "the post, 500 epochs"
-SHOWN = (30, 200, 350, 500)  # epochs of that run whose pictures are shown, as in the post
-# The rows of the table: one change at a time from the post's setting
+POST_500 = replace(POST, epochs=500)
+FAST = replace(POST, learning_rate=1e-3)
+COSINE = replace(FAST, lr_schedule="cosine")
+
+# The rows of the table: one change at a time from the post's setting.
 SETTINGS = {
     "the post": POST,
-    POST_500: replace(POST, epochs=500),
+    "the post, 500 epochs": POST_500,
     "Bernoulli likelihood, beta 1": replace(POST, likelihood="bernoulli", beta=1.0),
     "beta 1": replace(POST, beta=1.0),
     "beta 10": replace(POST, beta=10.0),
@@ -42,7 +43,7 @@ SETTINGS = {
     "cyclical beta": replace(POST, beta_schedule="cyclical"),
     "batch normalisation": replace(POST, batch_norm=True),
     "augmentation": replace(POST, augment=True),
-    "learning rate 1e-3": replace(POST, learning_rate=1e-3),
+    "learning rate 1e-3": FAST,
     "learning rate 1e-3, cosine": COSINE,
     "learning rate 1e-3, cosine, augmentation": replace(COSINE, augment=True),
     "2 dimensions": replace(POST, latent_size=2),
@@ -50,57 +51,156 @@ SETTINGS = {
     "64x64 pictures": replace(POST, image_size=64),
     "--preset best": replace(BEST, dataset="flowers102"),
 }
-# The points of the figure; the table has some of them as well
-BETAS = {beta: f"beta {beta:g}" for beta in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)}
-BETAS[POST.beta] = "the post"
-RUNS = {name: replace(POST, beta=beta) for beta, name in BETAS.items()} | SETTINGS
+
+# The points of the figure of betas: the post's setting, with each of these.
+POINTS = {
+    "beta 0.003": replace(POST, beta=0.003),
+    "beta 0.01": replace(POST, beta=0.01),
+    "beta 0.03": replace(POST, beta=0.03),
+    "the post": POST,
+    "beta 0.3": replace(POST, beta=0.3),
+    "beta 1": replace(POST, beta=1.0),
+    "beta 3": replace(POST, beta=3.0),
+    "beta 10": replace(POST, beta=10.0),
+}
+
+# The run whose pictures are shown, and after how many epochs, as in the post.
+PICTURED = "the post, 500 epochs"
+SHOWN = (30, 200, 350, 500)
+
+Metrics = dict[str, Any]  # what a run has in metrics.json
+Results = dict[str, list[Metrics]]  # of each setting, by its name: the metrics of its seeds
 
 
-def train_run(data_root: str, log_dir: Path, name: str, seed: int) -> dict[str, Any]:
-    """Return a run's metrics and folder; train first what is missing of it."""
+# Training.
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the study."""
+
+    name: str  # of its setting
+    options: Options
+    folder: Path
+
+
+def run_folder(log_dir: Path, name: str, seed: int) -> Path:
+    """Return the folder of a run."""
+    return log_dir / re.sub(r"\W", "-", name) / str(seed)
+
+
+def train_all(
+    settings: Mapping[str, Options], seeds: int, data_root: Path, log_dir: Path, pool: Executor
+) -> Results:
+    """Train what is missing of each setting's seeds, and return the metrics of all."""
+    jobs = []
+    for seed in range(seeds):
+        for name, setting in settings.items():
+            options = replace(setting, data_root=data_root, seed=seed)
+            jobs.append(Job(name, options, run_folder(log_dir, name, seed)))
+
+    results: Results = {name: [] for name in settings}
+    for job, metrics in zip(jobs, pool.map(train_run, jobs), strict=True):
+        results[job.name].append(metrics)
+    return results
+
+
+def train_run(job: Job) -> Metrics:
+    """Return a run's metrics; train first what is missing of it.
+
+    ``UserError`` if its folder has a run with other options.
+    """
     # Two runs of one thread each get more done on two cores than one run of two threads.
     torch.set_num_threads(1)
-    options = replace(RUNS[name], data_root=data_root, seed=seed)
-    folder = log_dir / re.sub(r"\W", "-", name) / str(seed)
-    if not (folder / "metrics.json").exists():
-        train(options, folder, resume=(folder / "checkpoint.pt").exists(), progress=False)
-        print(f"{folder} is trained", flush=True)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    now = {key: value for key, value in vars(options).items() if key not in FREE}
-    if not now.items() <= metrics["config"].items():
-        raise UserError(f"{folder} was trained with other options: move it away")
-    return metrics | {"folder": folder}
+    path = job.folder / "metrics.json"
+    if not path.exists():
+        unfinished = (job.folder / "checkpoint.pt").exists()
+        train(job.options, job.folder, resume=unfinished, progress=False)
+        print(f"{job.folder} is trained", flush=True)
+    metrics = json.loads(path.read_text())
+    if not was_trained_with(job.options, metrics):
+        raise UserError(f"{job.folder} was trained with other options: move it away")
+    return metrics
 
 
-def numbers(runs: list[dict[str, Any]]) -> np.ndarray:
-    """Return the table's numbers of a setting, [seeds, columns]."""
-    errors = [[run[split]["squared_error"] for split in ("test", "train")] for run in runs]
-    distances = [[run["samples"]["frechet"][name] for name in ("fitted", "prior")] for run in runs]
-    return np.column_stack([errors, distances, [run["test"]["kl"] for run in runs]])
+def was_trained_with(options: Options, metrics: Metrics) -> bool:
+    """Return whether a run had these options, apart from what changes nothing of its result."""
+    # In JSON and back, as those of the run were.
+    expected = json.loads(json.dumps(as_plain(asdict(options)), default=str))
+    return all(
+        name in FREE or metrics["options"].get(name) == value for name, value in expected.items()
+    )
+
+
+# The table.
+
+
+def columns(metrics: Metrics) -> dict[str, float]:
+    """Return what the table has of a run, by the names of its columns."""
+    distances = metrics["samples"]["frechet"]
+    return {
+        "error, test": metrics["test"]["squared_error"],
+        "error, training": metrics["train"]["squared_error"],
+        "distance, fitted": distances["fitted"],
+        "distance, prior": distances["prior"],
+        "KL": metrics["test"]["kl"],
+    }
+
+
+def means(runs: list[Metrics]) -> dict[str, float]:
+    """Return each column's mean over the seeds of a setting."""
+    seeds = [columns(metrics) for metrics in runs]
+    return {name: float(np.mean([seed[name] for seed in seeds])) for name in seeds[0]}
+
+
+def deviations(runs: list[Metrics]) -> dict[str, float]:
+    """Return each column's standard deviation over the seeds of a setting."""
+    seeds = [columns(metrics) for metrics in runs]
+    return {name: float(np.std([seed[name] for seed in seeds], ddof=1)) for name in seeds[0]}
 
 
 def table(results: Results) -> str:
-    """Return the table in Markdown, mean and standard deviation over the seeds."""
-    columns = "error, test | error, training | distance, fitted | distance, prior | KL"
-    lines = [f"| setting | {columns} |", f"| --- |{' ---: |' * 5}"]
-    for name in SETTINGS:
-        seeds = numbers(results[name])
-        cells = zip(seeds.mean(axis=0), seeds.std(axis=0, ddof=1), strict=True)
-        row = [name, *(f"{mean:.1f} ± {spread:.1f}" for mean, spread in cells)]
-        lines.append(f"| {' | '.join(row)} |")
-    pca = results["the post"][0]["pca"]
-    errors = f"{pca['squared_error']:.1f} | | {pca['frechet']['samples']:.1f}"
-    return "\n".join([*lines, f"| PCA, 10 components | {errors} | | |"])
+    """Return the table in Markdown, mean and standard deviation over the seeds.
+
+    Its last row is PCA with as many components as the first setting's latent has dimensions.
+    """
+    first_run = next(iter(results.values()))[0]
+    names = columns(first_run)
+    lines = [
+        f"| setting | {' | '.join(names)} |",
+        f"| --- |{' ---: |' * len(names)}",
+    ]
+    for setting, runs in results.items():
+        mean = means(runs)
+        deviation = deviations(runs)
+        cells = [f"{mean[name]:.1f} ± {deviation[name]:.1f}" for name in names]
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
+
+    pca = first_run["pca"]
+    error = f"{pca['squared_error']:.1f}"
+    distance = f"{pca['frechet']['samples']:.1f}"
+    lines.append(f"| PCA, {pca['components']} components | {error} | | {distance} | | |")
+    return "\n".join(lines)
 
 
-def plot_betas(results: Results, path: Path) -> None:
-    """Draw error and Fréchet distances against the KL divergence, a point for each beta."""
+# The figures.
+
+
+def plot_betas(results: dict[float, list[Metrics]], path: Path) -> None:
+    """Draw error and Fréchet distances against the KL divergence, a point for each beta.
+
+    ``results`` are the metrics of each beta's seeds.
+    """
+    points = [means(runs) for runs in results.values()]
+    kl = [point["KL"] for point in points]
+    error = [point["error, test"] for point in points]
+    prior = [point["distance, prior"] for point in points]
+    fitted = [point["distance, fitted"] for point in points]
+
     figure, (top, bottom) = pyplot.subplots(2, sharex=True, figsize=(7, 7), layout="constrained")
-    points = [numbers(results[name]).mean(axis=0) for name in BETAS.values()]
-    error, _, fitted, prior, kl = np.transpose(points)
     top.semilogx(kl, error, "o-")
-    for beta, *point in zip(BETAS, kl, error, strict=True):
-        top.annotate(f"β = {beta:g}", point, (4, 6), textcoords="offset points", rotation=40)
+    for beta, x, y in zip(results, kl, error, strict=True):
+        top.annotate(f"β = {beta:g}", (x, y), (4, 6), textcoords="offset points", rotation=40)
     top.set(xmargin=0.14, ymargin=0.2, ylabel="distortion: squared error\nper test picture")
     bottom.plot(kl, prior, "o-", label="from the prior")
     bottom.plot(kl, fitted, "o-", label="from the fitted Gaussian")
@@ -108,37 +208,62 @@ def plot_betas(results: Results, path: Path) -> None:
     bottom.set_xlabel("rate: KL divergence per test picture, nats")
     bottom.legend()
     figure.savefig(path)
+    pyplot.close(figure)
 
 
-def plot_pictures(folder: Path, path: Path) -> None:
-    """Draw a run's reconstructions and samples; photographs themselves are left out."""
-    figure, rows = pyplot.subplots(2, len(SHOWN), figsize=(14, 2.6), layout="constrained")
-    events = EventAccumulator(str(folder), {"images": 0}).Reload()
-    panels = {"test_pairs": "reconstructions", "samples": "samples"}
-    for row, (tag, name) in zip(rows, panels.items(), strict=True):
-        grids = {event.step + 1: event.encoded_image_string for event in events.Images(tag)}
-        for axes, epoch in zip(row, SHOWN, strict=True):
-            grid = imread(io.BytesIO(grids[epoch]))
-            # Of a grid of pairs the first and third row, 34 pixels each, show photographs
-            axes.imshow(grid[np.r_[36:70, 104:138]] if tag == "test_pairs" else grid)
-            axes.set(xticks=[], yticks=[], title=f"{name}, epoch {epoch}")
+def plot_pictures(folder: Path, epochs: Sequence[int], path: Path) -> None:
+    """Draw a run's reconstructions and samples after so many epochs; no photographs.
+
+    ``folder`` is the run's, with pictures of 32x32 in TensorBoard's events.
+    """
+    size = (3.5 * len(epochs), 2.6)
+    figure, (top, bottom) = pyplot.subplots(
+        2, len(epochs), squeeze=False, figsize=size, layout="constrained"
+    )
+    pairs = read_pictures(folder, "test_pairs")
+    samples = read_pictures(folder, "samples")
+    for column, epoch in enumerate(epochs):
+        top[column].imshow(without_photographs(pairs[epoch]))
+        top[column].set(xticks=[], yticks=[], title=f"reconstructions, epoch {epoch}")
+        bottom[column].imshow(samples[epoch])
+        bottom[column].set(xticks=[], yticks=[], title=f"samples, epoch {epoch}")
     figure.savefig(path)
+    pyplot.close(figure)
+
+
+def read_pictures(folder: Path, tag: str) -> dict[int, np.ndarray]:
+    """Return the pictures that a run shows in TensorBoard, by how many epochs it had."""
+    events = EventAccumulator(str(folder), {IMAGES: 0}).Reload()  # 0: all of them
+    return {
+        event.step + 1: imread(io.BytesIO(event.encoded_image_string))
+        for event in events.Images(tag)
+    }
+
+
+def without_photographs(grid: np.ndarray) -> np.ndarray:
+    """Return the second and fourth row of a grid of pairs, which are reconstructions.
+
+    A grid is [height, width, channels]: each picture has 32 pixels, and 2 of frame around it.
+    """
+    second_row = grid[36:70]
+    fourth_row = grid[104:138]
+    return np.concatenate([second_row, fourth_row])
 
 
 def main(
     seeds: int = 3,  # runs of each setting, at least two
-    data_root: str = POST.data_root,  # folder of flowers-102, downloaded to it if missing
+    data_root: Path = POST.data_root,  # folder of flowers-102, downloaded to it if missing
     log_dir: Path = Path("benchmarks/runs/practical_aspects"),  # folder of all runs
     output: Path = Path("results"),  # folder of the figures
 ) -> None:
     """Train what is missing, then print the table and draw the figures."""
-    jobs = [(name, seed) for seed in range(seeds) for name in RUNS]
     with ProcessPoolExecutor() as pool:
-        runs = [*pool.map(partial(train_run, data_root, log_dir), *zip(*jobs, strict=True))]
-    results = {name: runs[i :: len(RUNS)] for i, name in enumerate(RUNS)}
-    print(table(results))
-    plot_betas(results, output / "rate_distortion.png")
-    plot_pictures(results[POST_500][0]["folder"], output / "flowers102_pictures.png")
+        results = train_all(POINTS | SETTINGS, seeds, data_root, log_dir, pool)
+    print(table({name: results[name] for name in SETTINGS}))
+    points = {options.beta: results[name] for name, options in POINTS.items()}
+    plot_betas(points, output / "rate_distortion.png")
+    pictured = run_folder(log_dir, PICTURED, seed=0)
+    plot_pictures(pictured, SHOWN, output / "flowers102_pictures.png")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@ This repository, the plain way of the post and most tutorials, and pythae (where
 train the post's network in turns, each in a new process.
 """
 
+import re
 import sys
 import time
-from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import replace
-from functools import partial
-from importlib import util
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -19,153 +19,299 @@ from typing import Any
 
 import torch
 import tyro
-from torch.optim import Adam, optimizer
+from torch.optim import Adam, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import ConcatDataset, DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import Flowers102
 from torchvision.transforms import Compose, Resize, ToTensor
 from torchvision.utils import make_grid
 
-from datasets import DATASETS
-from datasets.preprocessing import InMemory
+from datasets.memory import InMemory
+from vae.command_line import one_line_errors
 from vae.losses import ELBOLoss
-from vae.run import one_line_errors
+from vae.run import keep_freed_memory
 from vae.vae import VAE
-from vae_training import Options, train
+from vae_training import DATASETS, Options, train
 
-ROUNDS, EPOCHS = 15, 11
 PIPELINE = Compose([Resize((32, 32)), ToTensor()])
-# What is compared, of which ways, and how much of the other's the first one's may be
-ROWS = (
-    ("whole run of 500 epochs, s", "run", "whole", "whole plain", 0.40),
-    ("an epoch's steps alone, s", "epoch", "steps", "steps plain", 0.70),
-    ("an epoch, beside pythae's, s", "epoch", "here", "pythae", 0.85),
-    ("peak memory, MiB", "MiB", "here", "plain", 1.15),
-)
+TRAINING_PICTURES = 1020  # of Flowers102
+STEPS = 16  # in an epoch of them, with batches of 64
+WHOLE_RUN = 500  # epochs, as in the post
+
+# A way of training. It takes the epochs and the folder of the data set from the options, and may
+# write to the folder given.
+Way = Callable[[Options, Path], Any]
 
 
-def plain_vae() -> VAE:
-    """Return the same network with each ReLU before its pooling, as in the post."""
-    model = VAE((32, 32), latent_size=10, image_channels=3)
-    for number in (1, 2, 3):
-        setattr(model.encoder, f"pool{number}", torch.nn.ReLU())
-        setattr(model.encoder, f"act{number}", torch.nn.MaxPool2d(2))
-    return model
+# The ways that are compared; here it is vae_training.train.
 
 
-def train_plainly(options: Options, logs: Path) -> None:
+def post_network() -> VAE:
+    """Return the post's network, untrained."""
+    return VAE(image_resolution=(32, 32), latent_size=10, image_channels=3)
+
+
+def train_plainly(options: Options, folder: Path) -> None:
     """Train as the post and most tutorials do: decode each picture anew, log at every step."""
-    data, test = (Flowers102(options.data_root, each, PIPELINE) for each in ("train", "test"))
-    loader, test_loader = DataLoader(data, 64, shuffle=True), DataLoader(test, 5, shuffle=True)
-    model, loss = plain_vae(), ELBOLoss(beta=0.1)
-    optimiser = Adam(model.parameters(), lr=1e-4)
-    with SummaryWriter(logs) as writer:
+    training_data = Flowers102(options.data_root, "train", PIPELINE)
+    test_data = Flowers102(options.data_root, "test", PIPELINE)
+    train_dataloader = DataLoader(training_data, batch_size=64, shuffle=True)
+    test_dataloader = DataLoader(test_data, batch_size=5, shuffle=True)
+
+    model = post_network()
+    loss = ELBOLoss(beta=0.1)
+    optimiser = Adam(model.parameters(), lr=0.0001)
+    batch_num = 0
+    with SummaryWriter(folder) as writer:
         for epoch in range(options.epochs):
-            for step, (x, _) in enumerate(loader, epoch * len(loader)):
+            for train_features, _ in train_dataloader:
                 optimiser.zero_grad()
-                _, kl, squares, total = loss(x, *model(x))
-                writer.add_scalars("loss", {"KL": kl, "squares": squares, "total": total}, step)
-                total.backward()
+                reconstructions, means, log_vars = model(train_features)
+                _, kl_loss, reconstruction_loss, total_loss = loss(
+                    train_features, reconstructions, means, log_vars
+                )
+                losses = {
+                    "KL Loss": kl_loss,
+                    "Reconstruction Loss": reconstruction_loss,
+                    "Total Loss": total_loss,
+                }
+                writer.add_scalars("loss", losses, batch_num)
+                total_loss.backward()
                 optimiser.step()
-            x, _ = next(iter(test_loader))
-            writer.add_image("originals", make_grid(x), epoch)
-            writer.add_image("reconstructions", make_grid(model(x)[0]), epoch)
-            print(f"{epoch}: {squares:.2f}, {kl:.2f}, {total:.2f}")
+                batch_num += 1
+
+            test_features, _ = next(iter(test_dataloader))
+            reconstructions, means, log_vars = model(test_features)
+            writer.add_image("originals", make_grid(test_features), epoch)
+            writer.add_image("reconstructions", make_grid(reconstructions), epoch)
+            print(f"{epoch}: {reconstruction_loss:.2f}, {kl_loss:.2f}, {total_loss:.2f}")
 
 
-def eight_times(root: str, split: str, transform: Any = None) -> Any:
-    """Return a split of Flowers102, the training pictures eight times over."""
-    return ConcatDataset([Flowers102(root, split, transform)] * (8 if split == "train" else 1))
+def train_with_pythae(options: Options, folder: Path) -> None:
+    """Train the post's layers with pythae, whose batch size and learning rate are the post's."""
+    from pythae.models import VAE as PythaeVAE
+    from pythae.models import VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.pipelines import TrainingPipeline
+    from pythae.trainers import BaseTrainerConfig
+
+    # Our layers return tensors, and pythae asks for them by name.
+    def name_posterior(_module: Any, _args: Any, output: Any) -> Any:
+        mean, log_var = output
+        return ModelOutput(embedding=mean, log_covariance=log_var)
+
+    def name_reconstruction(_module: Any, _args: Any, output: Any) -> Any:
+        return ModelOutput(reconstruction=output)
+
+    network = post_network()
+    network.encoder.register_forward_hook(name_posterior)
+    network.decoder.register_forward_hook(name_reconstruction)
+    model = PythaeVAE(VAEConfig((3, 32, 32), latent_dim=10))
+    model.encoder = network.encoder
+    model.decoder = network.decoder
+
+    training_data = InMemory(Flowers102(options.data_root, "train", PIPELINE), progress=False)
+    pictures = training_data.images(slice(None)).contiguous()
+    config = BaseTrainerConfig(str(folder), num_epochs=options.epochs, no_cuda=True)
+    TrainingPipeline(model, config)(pictures)
 
 
-DATASETS["eight"] = eight_times
+def take_steps(options: Options, _: Path) -> None:
+    """Take an epoch's steps as they are here, on a batch that lies ready."""
+    model = post_network().to(memory_format=torch.channels_last)
+    optimiser = Adam(model.parameters(), lr=0.0001, fused=True)
+    batch = torch.rand(64, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    take_steps_with(model, optimiser, batch, options.epochs)
 
 
-def train_with_pythae(options: Options, logs: Path) -> None:
-    """Train the plain network with pythae, whose batch size and learning rate are the post's."""
-    from pythae import models, pipelines, trainers
-
-    network, output = plain_vae(), models.base.base_utils.ModelOutput
-    model = models.VAE(models.VAEConfig((3, 32, 32), latent_dim=10))
-    model.encoder, model.decoder = network.encoder, network.decoder
-    model.encoder.register_forward_hook(lambda _, x, y: output(embedding=y[0], log_covariance=y[1]))
-    model.decoder.register_forward_hook(lambda _, z, x: output(reconstruction=x))
-    config = trainers.BaseTrainerConfig(str(logs), num_epochs=options.epochs, no_cuda=True)
-    data = InMemory(Flowers102(options.data_root, "train", PIPELINE), progress=False)
-    pipelines.TrainingPipeline(model, config)(data.images(slice(None)).contiguous())
+def take_steps_plainly(options: Options, _: Path) -> None:
+    """Take an epoch's steps as they are in the post, on a batch that lies ready."""
+    model = post_network()
+    optimiser = Adam(model.parameters(), lr=0.0001)
+    batch = torch.rand(64, 3, 32, 32)
+    take_steps_with(model, optimiser, batch, options.epochs)
 
 
-def take_steps(options: Options, logs: Path, plain: bool = False) -> None:
-    """Take an epoch's steps on a batch that lies ready: forward, loss, backward, optimiser."""
-    torch.empty(2**25 - 2**13, dtype=torch.uint8)  # freed at once, as in vae/run.py
-    order = torch.contiguous_format if plain else torch.channels_last
-    model = (plain_vae() if plain else VAE((32, 32), 10, 3)).to(memory_format=order)
-    loss, optimiser = ELBOLoss(beta=0.1), Adam(model.parameters(), lr=1e-4, fused=not plain)
-    x = torch.rand(64, 3, 32, 32).contiguous(memory_format=order)
-    for _ in range(16 * options.epochs):
+def take_steps_with(model: VAE, optimiser: Optimizer, batch: torch.Tensor, epochs: int) -> None:
+    """Take the steps of some epochs: forward, loss, backward, optimiser."""
+    keep_freed_memory()
+    loss = ELBOLoss(beta=0.1)
+    for _ in range(STEPS * epochs):
         optimiser.zero_grad()
-        loss(x, *model(x))[-1].backward()
+        reconstructions, means, log_vars = model(batch)
+        _, _, _, total_loss = loss(batch, reconstructions, means, log_vars)
+        total_loss.backward()
         optimiser.step()
 
 
-def watch(way: Any, options: Options) -> dict[str, float]:
-    """Train; return the peak of memory and an epoch's seconds, from first step to first step."""
-    times: list[float] = []
-    hook = optimizer.register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
-    with hook, TemporaryDirectory() as logs, redirect_stdout(sys.stderr):
-        way(options, Path(logs))
-    epoch = (times[-(len(times) // options.epochs)] - times[0]) / (options.epochs - 1)
+def eight_times(root: Path | str, split: str, transform: Any = None) -> ConcatDataset:
+    """Return a split of Flowers102, the training pictures eight times over."""
+    dataset = Flowers102(root, split, transform)
+    copies = 8 if split == "train" else 1
+    return ConcatDataset([dataset] * copies)
+
+
+# Here, where every new process comes past: --dataset may name it.
+DATASETS["eight"] = eight_times
+
+
+# What is measured.
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one process: ``run`` and ``epoch`` in seconds, ``memory`` in MiB."""
+
+    run: float  # from the start of the process to its end
+    epoch: float
+    memory: float  # its peak
+
+
+@dataclass
+class Measured:
+    """What was measured of one way, a figure for each round."""
+
+    run: list[float] = field(default_factory=list)
+    epoch: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+
+    def add(self, figures: Figures) -> None:
+        """Add the figures of one more round."""
+        self.run.append(figures.run)
+        self.epoch.append(figures.epoch)
+        self.memory.append(figures.memory)
+
+
+# Trains in one way, and returns what was measured of it.
+Measure = Callable[[Way, Options], Figures]
+
+
+def measure_in_new_process(way: Way, options: Options) -> Figures:
+    """Train in a process that has done nothing before."""
+    began = time.perf_counter()
+    # Not forked: a fork would begin with the memory of this process, and with its imports done.
+    with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
+        figures = pool.submit(measure_here, way, options).result()
+    return replace(figures, run=time.perf_counter() - began)
+
+
+def measure_here(way: Way, options: Options) -> Figures:
+    """Train in this process; an epoch is timed from its first step to the next one's."""
+    began = time.perf_counter()
+    steps: list[float] = []  # when each of them ended
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(time.perf_counter()))
+    with hook, TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        way(options, Path(folder))
+    run = time.perf_counter() - began
+
+    steps_per_epoch = len(steps) // options.epochs
+    epochs = options.epochs - 1  # which have a next one
+    first_step = steps[0]
+    first_step_of_last_epoch = steps[epochs * steps_per_epoch]
+    epoch = (first_step_of_last_epoch - first_step) / epochs
+    return Figures(run, epoch, peak_memory())
+
+
+def peak_memory() -> float:
+    """Return the most memory that this process has had at a time so far, in MiB."""
     # Not getrusage: it gives a new process the peak of the one that started it.
-    peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
-    return {"epoch": epoch, "MiB": int(peak) / 1024}
+    status = Path("/proc/self/status").read_text()
+    kibibytes = re.findall(r"VmHWM:\s*(\d+) kB", status)[0]
+    return int(kibibytes) / 1024
 
 
-WAYS: dict[str, Any] = {
-    "whole": train,
-    "whole plain": train_plainly,
-    "here": train,
-    "eight": train,
-    "plain": train_plainly,
-    "steps": take_steps,
-    "steps plain": partial(take_steps, plain=True),
-    "pythae": train_with_pythae,
-}
+# The table.
 
 
-def row(name: str, here: list[float], other: list[float], most: float) -> str:
-    """Compare what was measured in the same rounds."""
+def compare(
+    options: Options,
+    rounds: int,
+    runs: int,
+    with_pythae: bool,
+    measure: Measure = measure_in_new_process,
+) -> str:
+    """Measure all ways in turns and return the table in Markdown.
+
+    ``rounds`` is how often each way is measured with the options' epochs, ``runs`` how often
+    whole runs are. What was never measured has no row.
+    """
+    eight = replace(options, dataset="eight")
+    whole = replace(options, epochs=WHOLE_RUN)
+
+    # Pictures are read here, and kept for all runs to come.
+    measure(train, replace(options, epochs=2))
+    measure(train, replace(eight, epochs=2))
+
+    here, here_eight, plain = Measured(), Measured(), Measured()
+    steps, plain_steps, pythae = Measured(), Measured(), Measured()
+    for _ in range(rounds):
+        here.add(measure(train, options))
+        here_eight.add(measure(train, eight))
+        plain.add(measure(train_plainly, options))
+        steps.add(measure(take_steps, options))
+        plain_steps.add(measure(take_steps_plainly, options))
+        if with_pythae:
+            pythae.add(measure(train_with_pythae, options))
+
+    whole_here, whole_plain = Measured(), Measured()
+    for _ in range(runs):
+        whole_here.add(measure(train, whole))
+        whole_plain.add(measure(train_plainly, whole))
+
+    lines = [
+        "| median of what | here | other way | ratio | lowest | highest | at most |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    if runs:
+        lines.append(row("whole run of 500 epochs, s", whole_here.run, whole_plain.run, 0.43))
+    lines.append(row("an epoch's steps alone, s", steps.epoch, plain_steps.epoch, 0.78))
+    if with_pythae:
+        lines.append(row("an epoch, beside pythae's, s", here.epoch, pythae.epoch, 0.85))
+    lines.append(row("peak memory, MiB", here.memory, plain.memory, 1.15))
+    # This one has no other way, so that its ratio is the figure itself.
+    growth = growth_per_picture(here.memory, here_eight.memory)
+    lines.append(row("memory for each picture more, KiB", growth, [1.0] * rounds, 8))
+    return "\n".join(lines)
+
+
+def row(name: str, here: list[float], other: list[float], at_most: float) -> str:
+    """Compare what was measured in the same rounds.
+
+    The row has the two medians, the median, lowest and highest of the rounds' ratios, and how much
+    of the other way's is aimed for.
+    """
     ratios = [one / two for one, two in zip(here, other, strict=True)]
-    numbers = median(here), median(other), median(ratios), min(ratios), max(ratios), most
-    return f"| {name} | {' | '.join(f'{number:.3g}' for number in numbers)} |"
+    numbers = [
+        median(here),
+        median(other),
+        median(ratios),
+        min(ratios),
+        max(ratios),
+        at_most,
+    ]
+    cells = [name, *(f"{number:.3g}" for number in numbers)]
+    return f"| {' | '.join(cells)} |"
+
+
+def growth_per_picture(once: list[float], eightfold: list[float]) -> list[float]:
+    """Return by how many KiB a training picture more raises the peak, from peaks in MiB.
+
+    The peaks are those of the same rounds, with the training pictures once and eight times over.
+    """
+    more_pictures = 7 * TRAINING_PICTURES
+    peaks = zip(once, eightfold, strict=True)
+    return [(eight - one) * 1024 / more_pictures for one, eight in peaks]
 
 
 def main(
-    data_root: str = Options.data_root,  # folder that holds flowers-102
+    data_root: Path = Options.data_root,  # folder of flowers-102, downloaded to it if missing
     runs: int = 5,  # pairs of whole runs
 ) -> None:
     """Measure, and print a table in Markdown."""
-    short = Options("flowers102", data_root, epochs=EPOCHS, device="cpu")
-    eight, long = replace(short, dataset="eight"), replace(short, epochs=500)
-    for options in (short, eight):  # pictures are read here, and kept for all runs
-        watch(train, replace(options, epochs=2))
-    ways = [n for n in WAYS if "whole" not in n and (n != "pythae" or util.find_spec("pythae"))]
-    measured: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for name in ways * ROUNDS + ["whole", "whole plain"] * runs:
-        options = {"eight": eight, "whole": long, "whole plain": long}.get(name, short)
-        began = time.perf_counter()
-        with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
-            figures = pool.submit(watch, WAYS[name], options).result()
-        for figure, value in (figures | {"run": time.perf_counter() - began}).items():
-            measured[name][figure].append(value)
-
-    print("| median of what | here | other way | ratio | lowest | highest | at most |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for what, figure, here, other, most in ROWS:
-        if here in measured and other in measured:
-            print(row(what, measured[here][figure], measured[other][figure], most))
-    pairs = zip(measured["eight"]["MiB"], measured["here"]["MiB"], strict=True)
-    growth = [(eight - here) * 1024 / 7140 for eight, here in pairs]
-    print(row("memory for each picture more, KiB", growth, [1.0] * ROUNDS, 8))
+    options = Options(dataset="flowers102", data_root=data_root, epochs=11, device="cpu")
+    with_pythae = find_spec("pythae") is not None
+    print(compare(options, rounds=15, runs=runs, with_pythae=with_pythae))
 
 
 if __name__ == "__main__":
