@@ -468,9 +468,7 @@ def test_what_cannot_be_kept_is_named_before_the_first_epoch(copy, tmp_path):
             (FIRST_EPOCH, f'architecture["activation"] = torch.nn.GELU\n        {FIRST_EPOCH}')
         ]
     }
-    with pytest.raises(
-        TypeError, match="a checkpoint can keep tensors, numbers, texts, .* nothing else: .*GELU"
-    ):
+    with pytest.raises(TypeError, match=r"\['activation'\] is of type type"):
         train_changed(copy, edits, tmp_path / "run")
     assert not read_events(tmp_path / "run")
 
