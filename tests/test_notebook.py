@@ -50,6 +50,13 @@ def test_the_committed_notebook_is_small_and_names_no_machine(notebook):
     assert not re.search(r"/(home|root|work|tmp|Users)/", PATH.read_text(encoding="utf-8"))
 
 
+def test_whatever_the_committed_notebook_displays_is_a_picture_too(notebook):
+    # A widget alone, such as a progress bar's, is nothing on a page that runs no Python.
+    displayed = [each.data for each in outputs(notebook) if each.output_type == "display_data"]
+    assert len(displayed) == 4
+    assert all("image/png" in data for data in displayed)
+
+
 def test_the_loss_by_hand_is_elbo_losss(notebook):
     by_hand, by_loss = re.findall(r"^(?:by hand|ELBOLoss): *(.*)$", printed(notebook), re.M)
     assert by_hand == by_loss
