@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import types
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,9 @@ from vae.vae import VAE
 
 # What a checkpoint holds of every model; a run's has more, to go on from.
 PARTS = ("architecture", "options", "state")
+
+# With these, building a model fails for a slip in the layers alone, not for a size in the file.
+SMALL_SIZES = {"image_resolution": (8, 8), "latent_size": 2, "image_channels": 3}
 
 # What torch.compile puts into the names of the weights of what it has compiled.
 COMPILED = "_orig_mod."
@@ -50,11 +54,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
+    except pickle.UnpicklingError:  # its message is advice on how to run a stranger's code
+        reason = "it holds more than tensors and plain values"
+        raise UserError(f"{path} is damaged, or no checkpoint: {reason}") from None
     except Exception as error:  # PyTorch's reader has no exception of its own
         raise UserError(f"{path} is damaged, or no checkpoint: {in_one_line(error)}") from None
     if isinstance(checkpoint, dict) and "config" in checkpoint:
         raise UserError(f"{path} is of an earlier version of this repository: train a new run")
     with made_by_this_code(path):
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"it holds no dictionary, but {type(checkpoint).__name__}")
         for part in PARTS:
             if not isinstance(checkpoint[part], dict):
                 raise TypeError(f"its {part} is no dictionary")
@@ -77,18 +86,27 @@ def serialise(checkpoint: dict[str, Any]) -> memoryview:
     ``TypeError`` names what could not be read back: that would be found too late.
     """
     buffer = io.BytesIO()
-    for name, part in checkpoint.items():
-        try:
-            torch.save(part, buffer)
-            buffer.seek(0)
-            torch.load(buffer, weights_only=True)
-        except Exception as error:  # of whatever cannot be pickled, or not be read safely
-            kinds = "tensors, numbers, texts, and lists and dictionaries of them"
-            raise TypeError(f"{name} cannot be saved, only {kinds} can: {error}") from error
+    try:
+        torch.save(checkpoint, buffer)
         buffer.seek(0)
-        buffer.truncate()
-    torch.save(checkpoint, buffer)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:  # of whatever cannot be pickled, or not be read safely
+        strange = ", ".join(strange_values(checkpoint, "checkpoint"))
+        kinds = "tensors, numbers, texts, and lists and dictionaries of them"
+        raise TypeError(f"a checkpoint can keep {kinds}, but {strange}") from error
     return buffer.getbuffer()
+
+
+def strange_values(value: Any, place: str) -> Iterator[str]:
+    """Yield where something stands that is neither tensor nor plain value, and of what type."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from strange_values(each, f"{place}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from strange_values(each, f"{place}[{index}]")
+    elif not isinstance(value, Tensor | bool | int | float | str | None):
+        yield f"{place} is of type {type(value).__name__}"
 
 
 @contextmanager
@@ -141,8 +159,9 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> TrainedModel:
     is as in ``load_checkpoint``; a slip in the layers keeps its traceback.
     """
     checkpoint = load_checkpoint(path)
-    architecture, weights = checkpoint["architecture"], checkpoint["state"].get("model")
+    architecture = checkpoint["architecture"]
     with made_by_this_code(path):
+        weights = checkpoint["state"]["model"]
         signature(VAE).bind(**architecture)
         check_sizes(architecture, weights)
     model = VAE(**architecture)
@@ -158,15 +177,24 @@ def check_sizes(architecture: dict[str, Any], weights: Any) -> None:
     """Raise ``RuntimeError`` if a model of this architecture has weights of other shapes.
 
     It is built on PyTorch's "meta" device, where a weight has a shape and takes no memory: a
-    forged file may ask for any size.
+    forged file may ask for any size. ``ValueError`` for a size of which no model can be built.
     """
     try:
-        with torch.device("meta"):
-            model = VAE(**architecture)
-    except Exception:
-        return  # a slip, or a layer that cannot be built there: building it for real tells
+        model = build_without_memory(architecture)
+    except Exception as error:
+        try:
+            build_without_memory(architecture | SMALL_SIZES)
+        except Exception:
+            return  # a slip, or a layer that cannot be built there: building it for real tells
+        raise ValueError(f"no model has its sizes: {in_one_line(error)}") from error
     shapes = {name: torch.empty(value.shape, device="meta") for name, value in weights.items()}
-    model.load_state_dict(shapes)
+    model.load_state_dict(shapes, assign=True)
+
+
+def build_without_memory(architecture: dict[str, Any]) -> VAE:
+    """Return a model whose weights have shapes, but no values."""
+    with torch.device("meta"):
+        return VAE(**architecture)
 
 
 def as_distribution(

@@ -113,4 +113,6 @@ def new_folder(log_dir: Path, dataset: str) -> Iterator[Path]:
         yield folder
     finally:
         with suppress(OSError):  # it is not empty: the usual case
+            if [path.name for path in folder.iterdir()] == [".lock"]:
+                (folder / ".lock").unlink()  # of a run that ended before it wrote anything
             folder.rmdir()

@@ -1,54 +1,76 @@
-import builtins
-import errno
-import os
 import pickle
-import shlex
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SmallPictures
 from filelock import FileLock
 from helpers import (
-    REPORT,
     SMALL,
-    STEP,
     assert_same_run,
     interruption,
     read_events,
     read_losses,
-    through_mean,
+    tensors_in,
     train_small,
-    write_checkpoint,
 )
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from datasets.preprocessing import UserError
-from vae.run import (
-    Run,
-    Stopped,
-    command_line,
-    find_device,
-    load_checkpoint,
-    load_model,
-    one_line_errors,
-    quote,
-    replace_atomically,
-    saved_options,
-)
+from datasets.errors import UserError
+from vae.checkpoint import load_checkpoint, saved_options
+from vae.run import Run, Stopped, find_device
 from vae.vae import VAE
-from vae_training import Options, main
+from vae_training import DATASETS, Options, train
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-START = "vae_training.VAE"
+
+
+class StopsWhenRead(SmallPictures):
+    """Pictures that send this process SIGTERM when the test split is read, before any epoch."""
+
+    def __getitem__(self, index: int):
+        if self._split == "test":
+            signal.raise_signal(signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+class BreaksWhenRead(SmallPictures):
+    """Pictures whose disk breaks when the test split is read."""
+
+    def __getitem__(self, index: int):
+        if self._split == "test":
+            raise OSError("the disk is broken")
+        return super().__getitem__(index)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _more_pictures() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASETS, "stops", StopsWhenRead)
+        patch.setitem(DATASETS, "breaks", BreaksWhenRead)
+        yield
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The options that every run needs."""
+
+    seed: int = 0
+    epochs: int = 3
+    device: str = "cpu"
+    checkpoint_every: int = 10
 
 
 @pytest.fixture
@@ -70,27 +92,23 @@ def finished(whole, folder) -> Path:
     return shutil.copytree(whole, folder)
 
 
-@pytest.fixture
-def path(tmp_path) -> Path:
-    """A good checkpoint."""
-    return write_checkpoint(tmp_path / "checkpoint.pt", VAE((8, 8), 2, 3))
-
-
-def open_run(folder: Path, **changes: Any) -> Run:
-    return Run(Options(**SMALL | changes), folder)
-
-
 def content(folder: Path) -> dict[str, bytes]:
     """Everything in a folder but the lock."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Write a checkpoint anew with a change."""
-    checkpoint = load_checkpoint(path)
+def edit_checkpoint(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Write a run's checkpoint anew with a change."""
+    checkpoint = load_checkpoint(folder / "checkpoint.pt")
     edit(checkpoint)
-    torch.save(checkpoint, path)
+    torch.save(checkpoint, folder / "checkpoint.pt")
+
+
+def stop_in_the_report(folder: Path) -> None:
+    # The encoder is called in three steps and for one look in each of three epochs; then measured.
+    with interruption(signal.SIGINT, at="Encoder", call=3 * (3 + 1) + 1), pytest.raises(Stopped):
+        train_small(folder)
 
 
 # The folder.
@@ -100,11 +118,11 @@ HOLD = "from filelock import *; it = FileLock({!r}); it.acquire(); print(1, flus
 
 def test_a_folder_that_another_process_writes_to_is_left_alone_until_it_ends(finished):
     command = [sys.executable, "-c", HOLD.format(str(finished / ".lock"))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     before = content(finished)
-    with subprocess.Popen(command, **pipes) as holder:
-        assert holder.stdout.readline() == b"1\n"
-        with pytest.raises(UserError, match=f"another run is writing to {finished}: wait for it"):
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline().split() == [b"1"]
+        refusal = re.escape(f"another run is writing to {finished}: wait for it")
+        with pytest.raises(UserError, match=refusal):
             train_small(finished, True, epochs=4)
         assert content(finished) == before
         holder.kill()
@@ -112,20 +130,22 @@ def test_a_folder_that_another_process_writes_to_is_left_alone_until_it_ends(fin
 
 
 def test_a_run_holds_its_lock_to_the_end_and_no_longer(folder):
-    with open_run(folder), pytest.raises(UserError, match="another run is writing to"):
+    with Run(Plain(), folder), pytest.raises(UserError, match="another run is writing to"):
         train_small(folder)
     with FileLock(folder / ".lock", timeout=0) as lock:
         assert lock.is_locked
 
 
-@pytest.mark.parametrize("name", ["precious.txt", "events.out.tfevents.1"])
-def test_a_new_run_begins_in_no_folder_that_holds_anything(finished, folder, name):
+def test_a_new_run_does_not_begin_in_a_runs_folder(finished):
     before = content(finished)
     with pytest.raises(UserError, match=r"is not empty: take another \(--run-name\) or --resume"):
         train_small(finished)
     assert content(finished) == before
-    shutil.rmtree(folder)
-    folder.mkdir()
+
+
+@pytest.mark.parametrize("name", ["precious.txt", "events.out.tfevents.1"])
+def test_a_run_neither_begins_nor_goes_on_in_a_folder_that_holds_anything_else(folder, name):
+    folder.mkdir(parents=True)
     (folder / name).touch()
     with pytest.raises(UserError, match="is not empty"):
         train_small(folder)
@@ -134,13 +154,26 @@ def test_a_new_run_begins_in_no_folder_that_holds_anything(finished, folder, nam
     assert [path.name for path in folder.iterdir()] == [name]
 
 
+def test_to_resume_a_folder_that_is_not_there_makes_none(folder):
+    with pytest.raises(UserError, match=r"has no checkpoint\.pt: give the folder of a run"):
+        train_small(folder, True)
+    assert not folder.parent.exists()
+
+
 def test_paths_in_a_runs_options_are_whole_so_that_it_is_resumed_from_any_folder(
     folder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
-    options = open_run(folder, dataset="pictures", data_root="data").options
-    assert (options.dataset, options.data_root) == (f"{tmp_path}/pictures", f"{tmp_path}/data")
+    kind = make_dataclass("WithPaths", [("near", Path), ("home", Path), ("name", str)], frozen=True)
+    with_paths = make_dataclass("Own", [], bases=(Plain, kind), frozen=True)
+    given = {"near": Path("a/../data"), "home": Path("~/data"), "name": "data"}
+    options = Run(with_paths(**given), folder).options
+    assert options.near == tmp_path / "data"
+    assert options.home == Path.home() / "data"
+    assert options.name == "data"
+
+
+# The device.
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "xpu", "mps", "cpu:x", "meta", "toaster", ""])
@@ -170,6 +203,20 @@ def test_a_signal_waits_for_the_end_of_the_epoch_and_its_checkpoint(folder, numb
     assert load_checkpoint(folder / "checkpoint.pt")["epoch"] == epochs
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_says_at_once_what_it_waits_for_and_what_a_second_one_does(
+    folder, number, capsys
+):
+    with Run(Plain(), folder) as run:
+        run.start_or_resume({"model": nn.Linear(1, 1)}, {}, [])
+        signal.raise_signal(number)
+        said = capsys.readouterr()
+    name = signal.Signals(number).name
+    line = f"{name}: finishing the epoch, then saving; once more (Ctrl-C) stops at once\n"
+    assert said.err.lstrip("\n") == line  # below the progress bar
+    assert not said.out
+
+
 @pytest.mark.parametrize("first", SIGNALS)
 @pytest.mark.parametrize("second", SIGNALS)
 def test_a_second_signal_of_any_kind_stops_at_once(folder, first, second):
@@ -179,43 +226,36 @@ def test_a_second_signal_of_any_kind_stops_at_once(folder, first, second):
     assert load_checkpoint(folder / "checkpoint.pt")["epoch"] == 1
 
 
-@pytest.mark.parametrize("at", [START, STEP])
-def test_a_run_that_ended_before_its_first_checkpoint_may_begin_anew(folder, whole, at):
-    with interruption(*SIGNALS, at=at), pytest.raises(Stopped):
-        train_small(folder)
-    assert not (folder / "checkpoint.pt").exists()
+def test_a_signal_before_the_first_epoch_stops_at_once_and_the_run_may_begin_anew(folder, whole):
+    with pytest.raises(Stopped) as stopped:
+        train_small(folder, dataset="stops")
+    assert stopped.value.args == (signal.SIGTERM, folder)
+    assert not content(folder)
     train_small(folder)
     assert_same_run(folder, whole)
 
 
+def test_nothing_of_a_start_without_checkpoint_is_left_in_the_run_that_begins_anew(folder, whole):
+    with interruption(*SIGNALS, call=2), pytest.raises(Stopped):
+        train_small(folder, beta=5.0)
+    assert list(read_events(folder)["."]) == ["schedule/beta", "schedule/learning_rate"]
+    train_small(folder)
+    assert_same_run(folder, whole)
+    assert read_events(folder) == read_events(whole)  # which has no point twice
+
+
 def test_a_signal_during_the_report_stops_at_once_and_the_report_is_made_again(folder, whole):
-    with interruption(signal.SIGINT, at=REPORT), pytest.raises(Stopped):
-        train_small(folder)
+    stop_in_the_report(folder)
     assert not (folder / "metrics.json").exists()
     train_small(folder, True)
     assert_same_run(folder, whole)
-
-
-@pytest.mark.parametrize("at", [None, START, STEP, REPORT])
-def test_signals_and_random_numbers_are_given_back_after_a_run(folder, at):
-    before = [signal.getsignal(number) for number in SIGNALS]
-    torch.manual_seed(11)
-    expected = torch.rand(3)
-    torch.manual_seed(11)
-    if at is None:
-        train_small(folder, augment=True)
-    else:
-        with interruption(signal.SIGTERM, at=at), pytest.raises(Stopped):
-            train_small(folder)
-    assert [signal.getsignal(number) for number in SIGNALS] == before
-    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_run_in_another_thread_leaves_signals_to_the_main_thread(folder):
     before, during = [signal.getsignal(number) for number in SIGNALS], []
 
     def run() -> None:
-        with open_run(folder):
+        with Run(Plain(), folder):
             during.extend(signal.getsignal(number) for number in SIGNALS)
 
     thread = threading.Thread(target=run)
@@ -231,77 +271,213 @@ def test_stopped_says_how_to_go_on_and_survives_pickling(folder):
     assert str(stopped) == f"Stopped by SIGTERM; {again} with {folder}"
 
 
-# Random numbers and schedules.
+# Random numbers.
+
+GENERATORS = {
+    "PyTorch": lambda: torch.rand(4).tolist(),
+    "NumPy": lambda: np.random.rand(4).tolist(),
+    "Python": lambda: [random.random() for _ in range(4)],
+}
 
 
-def draw(folder: Path, epoch: int, seed: int = 0, before: int = 0) -> list[float]:
-    with open_run(folder, seed=seed) as run:
-        torch.rand(before)
-        run.seed(epoch)
-        return torch.rand(4).tolist()
+def draw_from_all() -> list[list[float]]:
+    return [draw() for draw in GENERATORS.values()]
 
 
-def test_all_chance_follows_from_seed_and_epoch_and_no_two_of_them_draw_the_same(folder):
-    assert draw(folder, epoch=2) == draw(folder, epoch=2, before=7)
+def seed_all(seed: int) -> None:
+    """Seed them otherwise than a run does."""
+    torch.manual_seed(seed)
+    np.random.seed(seed + 1)
+    random.seed(seed + 2)
+
+
+@pytest.mark.parametrize("draw", GENERATORS.values(), ids=GENERATORS)
+def test_all_chance_follows_from_seed_and_epoch_and_no_two_of_them_draw_the_same(folder, draw):
+    def drawn(epoch: int, seed: int = 0, before: int = 0) -> tuple[float, ...]:
+        with Run(Plain(seed=seed), folder) as run:
+            for _ in range(before):
+                draw_from_all()
+            run.seed(epoch)
+            return tuple(draw())
+
+    def drawn_first(seed: int) -> tuple[float, ...]:
+        with Run(Plain(seed=seed), folder):
+            return tuple(draw())
+
+    assert drawn(epoch=2) == drawn(epoch=2, before=7)
+    assert drawn_first(1) == drawn_first(1)
     seeds = [0, 1, 2, 2**32 - 1]
-    drawn = {tuple(draw(folder, epoch, seed)) for epoch in range(4) for seed in seeds}
-    torch.manual_seed(0)
-    assert len(drawn | {tuple(torch.rand(4).tolist())}) == 17
+    epochs = {drawn(epoch, seed) for epoch in range(4) for seed in seeds}
+    assert len(epochs | {drawn_first(seed) for seed in seeds}) == 20
 
 
-def test_the_linear_schedule_of_beta_rises_from_0_and_stays(folder):
-    run = open_run(folder, beta=0.5, beta_schedule="linear", warmup_epochs=4)
-    assert [run.beta_at(epoch) for epoch in range(6)] == [0, 0.125, 0.25, 0.375, 0.5, 0.5]
-    assert open_run(folder, beta_schedule="linear", warmup_epochs=0).beta_at(0) == 0
+def end_well(folder: Path) -> None:
+    train_small(folder, augment=True)
 
 
-def test_the_cyclical_schedule_of_beta_rises_in_the_first_half_of_each_cycle(folder):
-    run = open_run(folder, beta=0.5, beta_schedule="cyclical", cycles=2, epochs=16)
-    assert [run.beta_at(epoch) for epoch in range(16)] == [0, 0.125, 0.25, 0.375, *4 * [0.5]] * 2
-    run = open_run(folder, beta_schedule="cyclical", cycles=50, epochs=100)
-    assert run.beta_at(58) == 0  # which floating-point numbers would make the end of a cycle
+def stop_before_the_first_epoch(folder: Path) -> None:
+    with pytest.raises(Stopped):
+        train_small(folder, dataset="stops")
 
 
-def test_the_cosine_schedule_of_the_learning_rate_falls_to_0(folder):
-    run = open_run(folder, learning_rate=0.2, lr_schedule="cosine", epochs=100)
-    rates = [run.learning_rate_at(epoch) for epoch in (0, 50, 100)]
-    assert rates == pytest.approx([0.2, 0.1, 0])
-    assert run.beta_at(50) == 0.1  # without a schedule
+def stop_in_a_step(folder: Path) -> None:
+    with interruption(*SIGNALS, call=5), pytest.raises(Stopped):
+        train_small(folder)
 
 
-# Saving and going on.
+def break_while_pictures_are_read(folder: Path) -> None:
+    with pytest.raises(UserError, match="the disk is broken"):
+        train_small(folder, dataset="breaks")
 
 
-def test_checkpoints_are_written_when_due_and_at_the_end(folder, monkeypatch):
-    written = []
+def diverge(folder: Path) -> None:
+    with pytest.raises(FloatingPointError):
+        train_small(folder, learning_rate=1e30)
 
-    def save(checkpoint: dict, file: BinaryIO, real: Any = torch.save) -> None:
-        written.append((checkpoint["epoch"], "latents" in checkpoint))
-        real(checkpoint, file)
 
-    monkeypatch.setattr(torch, "save", save)
-    train_small(folder, epochs=5, checkpoint_every=2)
-    assert written == [(2, False), (4, False), (5, False), (5, True)]
+def fail_at_the_last_thing_that_is_taken(folder: Path) -> object:
+    # A seed that PyTorch takes and NumPy does not. Lock, random numbers and signals are taken.
+    failure = pytest.raises(ValueError, match="Seed must be between 0")
+    with failure as raised, Run(Plain(seed=-1), folder):
+        pass
+    return raised  # with its frames: what is given back is not given back by forgetting them
+
+
+def be_refused(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "precious.txt").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        train_small(folder)
+
+
+ENDS = [
+    end_well,
+    stop_before_the_first_epoch,
+    stop_in_a_step,
+    stop_in_the_report,
+    break_while_pictures_are_read,
+    diverge,
+    fail_at_the_last_thing_that_is_taken,
+    be_refused,
+]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=[end.__name__ for end in ENDS])
+def test_signals_random_numbers_and_lock_are_given_back_however_a_run_ends(folder, end):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    seed_all(11)
+    expected = draw_from_all()
+    seed_all(11)
+    kept = end(folder)
+    assert draw_from_all() == expected
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    with FileLock(folder / ".lock", timeout=0) as lock:
+        assert lock.is_locked
+    del kept
+
+
+# Saving.
+
+
+def test_checkpoints_are_written_when_due_and_at_the_end_and_get_latents_last(folder):
+    there = []
+
+    def look(*_: Any) -> None:
+        """Note the checkpoint that is there when a module is called."""
+        path = folder / "checkpoint.pt"
+        checkpoint = load_checkpoint(path) if path.exists() else {"epoch": None}
+        there.append((checkpoint["epoch"], "latents" in checkpoint))
+
+    def look_at_the_loss(module: nn.Module, _: Any) -> None:
+        if type(module).__name__ == "ELBOLoss":
+            look()
+
+    with register_module_forward_pre_hook(look_at_the_loss):
+        train_small(folder, epochs=5, checkpoint_every=2)
+    assert there[:15] == 6 * [(None, False)] + 6 * [(2, False)] + 3 * [(4, False)]
+    assert set(there[15:]) == {(5, False)}  # while the report measures
+    look()
+    assert there[-1] == (5, True)
 
 
 def test_a_checkpoint_holds_all_that_a_run_goes_on_from(finished):
     checkpoint = load_checkpoint(finished / "checkpoint.pt")
-    assert checkpoint["model"].keys() == VAE((8, 8), 2, 3).state_dict().keys()
-    assert [moments["step"].item() for moments in checkpoint["optimiser"].values()] == [9.0] * 18
-    assert checkpoint["epoch"] == 3
-    expected = asdict(Options(**SMALL))
-    assert checkpoint["config"] == expected | {"image_resolution": [8, 8], "image_channels": 3}
-    assert vars(saved_options(Options, finished)) == expected
+    state = checkpoint["state"]
+    assert state.keys() == {"model", "loss", "optimiser", "scheduler"}
+    assert state["model"].keys() == VAE((8, 8), 2, 3).state_dict().keys()
+    steps = [x.item() for name, x in tensors_in(state["optimiser"]) if name.endswith(".step")]
+    assert steps == [9.0] * 18
+    assert checkpoint["epoch"] == state["scheduler"]["last_epoch"] == 3
+    assert checkpoint["architecture"] == {
+        "image_resolution": (8, 8),
+        "latent_size": 2,
+        "image_channels": 3,
+        "batch_norm": False,
+    }
+    options = saved_options(Options, checkpoint, finished / "checkpoint.pt")
+    assert vars(options) == asdict(Options(**SMALL))
 
 
-def test_weights_that_are_not_finite_are_not_saved(folder, finished):
+def test_what_a_checkpoint_cannot_hold_is_named_before_the_first_epoch(folder):
+    own = make_dataclass("Own", [("activation", type, nn.GELU)], bases=(Plain,), frozen=True)
+    message = r"checkpoint\['options'\]\['activation'\] is of type type$"
+    with Run(own(), folder) as run, pytest.raises(TypeError, match=message):
+        run.start_or_resume({"model": nn.Linear(1, 1)}, {}, [])
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder):
     # The validation split is looked at after the tenth epoch.
-    train_small(folder, True, epochs=9)
-    edit = {"learning_rate": 1e300}
-    change(folder / "checkpoint.pt", lambda checkpoint: checkpoint["config"].update(edit))
-    with pytest.raises(FloatingPointError, match="not finite in epoch 9: lower --learning"):
-        train_small(folder, True, **edit, epochs=10)
+    train_small(folder, epochs=9)
+
+    def learn_too_fast(checkpoint: dict[str, Any]) -> None:
+        for group in checkpoint["state"]["optimiser"]["param_groups"]:
+            group["lr"] = 1e300
+
+    edit_checkpoint(folder, learn_too_fast)
+    refusal = r"weights are not finite in epoch 9: lower --learning-rate\. The last good checkpoint"
+    with pytest.raises(FloatingPointError, match=refusal):
+        train_small(folder, True, epochs=10)
     assert load_checkpoint(folder / "checkpoint.pt")["epoch"] == 9
+
+
+def test_weights_of_any_module_in_the_state_are_looked_at(folder):
+    loss = nn.Linear(1, 1)
+    with Run(Plain(), folder) as run:
+        run.start_or_resume({"model": nn.Linear(1, 1), "loss": loss}, {}, [])
+        run.end_epoch(0)
+        loss.bias.data[0] = float("inf")
+        with pytest.raises(FloatingPointError, match="not finite in epoch 1"):
+            run.end_epoch(1)
+
+
+def test_a_loss_that_is_not_finite_in_the_end_has_no_report(folder):
+    # One step: its loss is finite, and so are the weights after it. Then no step is left.
+    with pytest.raises(FloatingPointError, match="loss or weights are not finite in epoch 0"):
+        train_small(folder, epochs=1, batch_size=64, learning_rate=1e30)
+    assert np.isfinite(read_losses(folder)).all()
+    tensors = tensors_in(load_checkpoint(folder / "checkpoint.pt"))
+    assert all(tensor.isfinite().all() for _, tensor in tensors)
+    assert not (folder / "metrics.json").exists()
+
+
+# Going on.
+
+
+def test_any_code_goes_on_from_its_state(folder):
+    def train_own(epochs: int, resume: bool) -> tuple[int, nn.Module]:
+        with Run(Plain(epochs=epochs), folder, resume) as run:
+            model = nn.Linear(1, 1, bias=False)
+            nn.init.zeros_(model.weight)
+            first_epoch = run.start_or_resume({"model": model}, {"size": 1}, [])
+            for epoch in range(first_epoch, epochs):
+                model.weight.data += 1
+                run.end_epoch(epoch)
+            return first_epoch, model
+
+    train_own(2, resume=False)
+    first_epoch, model = train_own(5, resume=True)
+    assert (first_epoch, model.weight.item()) == (2, 5)
+    assert load_checkpoint(folder / "checkpoint.pt")["architecture"] == {"size": 1}
 
 
 def test_a_stopped_run_may_be_moved_and_renamed(folder, whole, tmp_path):
@@ -313,21 +489,35 @@ def test_a_stopped_run_may_be_moved_and_renamed(folder, whole, tmp_path):
 
 
 def test_a_finished_run_that_grows_ends_as_if_it_had_been_longer(finished, tmp_path):
-    metrics = [train_small(finished, True, epochs=4), train_small(tmp_path / "whole", epochs=4)]
+    grown, longer = train_small(finished, True, epochs=4), train_small(tmp_path / "4", epochs=4)
     for name in ("train", "val", "test", "samples", "pca"):
-        assert metrics[0][name] == metrics[1][name]
-    assert (read_losses(finished) == read_losses(tmp_path / "whole")).all()
+        assert grown[name] == longer[name]
+    assert (read_losses(finished) == read_losses(tmp_path / "4")).all()
 
 
-def test_a_finished_run_is_measured_again_and_is_the_same(folder, tmp_path):
+def test_a_finished_run_says_that_it_has_ended_and_makes_only_its_report_again(
+    folder, tmp_path, capsys
+):
     train_small(folder, batch_norm=True)
     before = shutil.copytree(folder, tmp_path / "before")
-    train_small(folder, True, batch_norm=True)
+    (folder / "metrics.json").unlink()
+    train(Options(**SMALL, batch_norm=True), folder, resume=True)
+    output = capsys.readouterr().out
+    assert " has ended after its 3 epochs: only its report is made again on cpu\n" in output
+    assert "Epoch:" not in output
+    assert len(read_losses(folder)) == 9
     assert_same_run(folder, before)
 
 
+def test_a_run_that_goes_on_says_at_which_epoch(finished, capsys):
+    train(Options(**SMALL | {"epochs": 4}), finished, resume=True)
+    output = capsys.readouterr().out
+    assert " goes on at epoch 3 of 4 epochs on cpu\n" in output
+    assert re.findall(r"^Epoch: \d+", output, re.M) == ["Epoch: 3"]
+
+
 def test_time_counts_on_in_a_resumed_run(finished):
-    change(finished / "checkpoint.pt", lambda checkpoint: checkpoint.update(seconds=1000.0))
+    edit_checkpoint(finished, lambda checkpoint: checkpoint.update(seconds=1000.0))
     assert 1000 < train_small(finished, True, epochs=4)["seconds"] < 1060
 
 
@@ -354,230 +544,95 @@ def test_a_run_with_a_schedule_does_not_grow(folder, schedule):
         train_small(folder, True, epochs=4, **schedule)
 
 
-def test_other_pictures_are_refused(finished, monkeypatch):
-    monkeypatch.setattr(SmallPictures, "sizes", SmallPictures.sizes | {"val": 7})
+def test_a_run_may_go_on_elsewhere_and_be_saved_at_other_times(finished, tmp_path):
+    elsewhere = {"device": "cpu:0", "data_root": tmp_path / "moved", "checkpoint_every": 1}
+    assert train_small(finished, True, epochs=5, **elsewhere)["epochs"] == 5
+    path = finished / "checkpoint.pt"
+    assert vars(saved_options(Options, load_checkpoint(path), path)).items() >= elsewhere.items()
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_other_pictures_are_refused(finished, monkeypatch, split):
+    one_more = {split: SmallPictures.sizes[split] + 1}
+    monkeypatch.setattr(SmallPictures, "sizes", SmallPictures.sizes | one_more)
     with pytest.raises(UserError, match="pictures were added, removed or changed since"):
         train_small(finished, True, epochs=4)
 
 
-REFUSED = {
-    "no optimiser": lambda it: it.update(optimiser=None),
-    "a parameter without moments": lambda it: it["optimiser"].pop(3),
-    "a moment of another shape": lambda it: it["optimiser"][0].update(exp_avg=torch.zeros(2)),
-    "a weight that is missing": lambda it: it["model"].pop("encoder.fcm.bias"),
-    "an epoch too late": lambda it: it.update(epoch=5),
-    "an epoch that is none": lambda it: it.update(epoch=0.5),
-    "a time in words": lambda it: it.update(seconds="long"),
-    **{
-        f"nothing for {part}": lambda it, part=part: it.pop(part)
-        for part in ("optimiser", "epoch", "seconds", "pictures", "model", "config")
-    },
+def without(*names: str) -> Callable[[dict[str, Any]], object]:
+    """The change of a checkpoint that takes out what is there under these names, in turn."""
+
+    def edit(checkpoint: dict[str, Any]) -> None:
+        *parents, last = names
+        for name in parents:
+            checkpoint = checkpoint[name]
+        del checkpoint[last]
+
+    return edit
+
+
+def optimiser_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the optimiser has of the first weight, [16, 3, 3, 3]."""
+    return checkpoint["state"]["optimiser"]["state"][0]
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no architecture": (without("architecture"), "it has no 'architecture'"),
+    "no options": (without("options"), "it has no 'options'"),
+    "no state": (without("state"), "it has no 'state'"),
+    "no epoch": (without("epoch"), "it has no 'epoch'"),
+    "no time": (without("seconds"), "it has no 'seconds'"),
+    "no pictures": (without("pictures"), "it has no 'pictures'"),
+    "no model": (without("state", "model"), "(missing: model; too much: none)"),
+    "no optimiser": (without("state", "optimiser"), "(missing: optimiser; too much: none)"),
+    "an optimiser that is nothing": (
+        lambda it: it["state"].update(optimiser=None),
+        "'NoneType' object has no attribute 'items'",
+    ),
+    "an optimiser without groups": (
+        without("state", "optimiser", "param_groups"),
+        "it has no 'param_groups'",
+    ),
+    "a moment of another shape": (
+        lambda it: optimiser_state(it).update(exp_avg=torch.zeros(2)),
+        "the optimiser's exp_avg has the shape [2], its parameter [16, 3, 3, 3]",
+    ),
+    "a moment that is not finite": (
+        lambda it: optimiser_state(it)["exp_avg_sq"].fill_(float("nan")),
+        "the optimiser's exp_avg_sq is not finite",
+    ),
+    "a weight that is missing": (
+        without("state", "model", "encoder.fcm.bias"),
+        'Missing key(s) in state_dict: "encoder.fcm.bias".',
+    ),
+    "a weight too much": (
+        lambda it: it["state"]["model"].update(more=torch.zeros(2)),
+        'Unexpected key(s) in state_dict: "more".',
+    ),
+    "a weight of another shape": (
+        lambda it: it["state"]["model"].update({"encoder.fcm.bias": torch.zeros(3)}),
+        "the shape in current model is torch.Size([2]).",
+    ),
+    "an epoch too late": (lambda it: it.update(epoch=5), "its epoch is 5"),
+    "an epoch before the first": (lambda it: it.update(epoch=-1), "its epoch is -1"),
+    "an epoch in between": (lambda it: it.update(epoch=0.5), "its epoch is 0.5"),
+    "an epoch that is no whole number": (lambda it: it.update(epoch=2.0), "its epoch is 2.0"),
+    "an epoch in words": (lambda it: it.update(epoch="three"), "its epoch is 'three'"),
+    "a time in words": (
+        lambda it: it.update(seconds="long"),
+        "unsupported operand type(s) for -=: 'float' and 'str'",
+    ),
 }
 
 
-@pytest.mark.parametrize("edit", REFUSED.values(), ids=REFUSED)
-def test_a_checkpoint_that_no_run_can_go_on_from_is_refused_in_one_line(finished, edit):
-    checkpoint = load_checkpoint(finished / "checkpoint.pt")
-    edit(checkpoint)
-    torch.save(checkpoint, finished / "checkpoint.pt")
+@pytest.mark.parametrize(("edit", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_checkpoint_that_no_run_can_go_on_from_is_refused_in_one_line(finished, edit, reason):
+    edit_checkpoint(finished, edit)
     before = content(finished)
-    with pytest.raises(UserError, match=r"checkpoint\.pt is|changed since|same exp") as refused:
+    with pytest.raises(UserError) as refused:
         train_small(finished, True, epochs=4)
-    assert "\n" not in str(refused.value)
+    message = str(refused.value)
+    assert message.startswith(f"{finished / 'checkpoint.pt'} was made by other code: ")
+    assert message.endswith(reason)
+    assert "\n" not in message
     assert content(finished) == before
-
-
-def test_a_checkpoint_with_options_of_another_version_is_refused_in_one_line(finished, capsys):
-    change(finished / "checkpoint.pt", lambda checkpoint: checkpoint["config"].pop("crop"))
-    with pytest.raises(SystemExit) as stop:
-        main(["--resume", str(finished)])
-    assert stop.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-# Checkpoints.
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, error):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(error), replace_atomically(path) as file:
-        file.write(b"half of the new")
-        file.flush()
-        assert path.read_bytes() == b"old"
-        raise error
-    assert content(tmp_path) == {"file": b"old"}
-
-
-def test_what_a_link_points_to_is_replaced_and_what_is_no_file_is_not(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    with replace_atomically(tmp_path / "link") as file:
-        file.write(b"new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"new"
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="is not a file"), replace_atomically(tmp_path / "folder"):
-        pass
-
-
-@pytest.mark.parametrize("make", [lambda path: None, os.mkdir, os.mkfifo])
-def test_a_checkpoint_that_is_no_file_is_refused(tmp_path, make):
-    make(tmp_path / "checkpoint.pt")
-    with pytest.raises(UserError, match=r"checkpoint\.pt is not a file"):
-        load_checkpoint(tmp_path / "checkpoint.pt")
-
-
-DAMAGES = {
-    "empty": lambda content: b"",
-    "cut off": lambda content: content[:-1000],
-    "another file": lambda content: b"\xff\xd8\xff\xe0" + bytes(5000),
-    "flipped bits": lambda content: content[:9000] + bytes([content[9000] ^ 255]) + content[9001:],
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_one_line_that_names_it(path, damage):
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged, or no ch.*: .") as refused:
-        load_checkpoint(path)
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize("content", [3, [1], torch.ones(2), {}, {"model": {}}, {"config": {}}])
-def test_a_foreign_checkpoint_is_refused(path, content):
-    torch.save(content, path)
-    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged, or no checkpoint of this"):
-        load_checkpoint(path)
-
-
-class CreatesFile:
-    """Unpickled carelessly, it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(path, tmp_path):
-    torch.save({"model": CreatesFile(tmp_path / "victim"), "config": {}}, path)
-    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged, or no checkpoint"):
-        load_checkpoint(path)
-    assert not (tmp_path / "victim").exists()
-
-
-def test_a_slip_in_the_layers_is_not_taken_for_a_damaged_checkpoint(path, monkeypatch):
-    for slip, error in ((lambda: None, TypeError), (lambda *_: nn.Sigmod(), AttributeError)):
-        monkeypatch.setattr("vae.vae.Decoder", slip)
-        with pytest.raises(error):
-            load_model(path)
-    monkeypatch.delattr("vae.vae.Decoder")
-    with pytest.raises(NameError):
-        load_model(path)
-
-
-@pytest.mark.parametrize(
-    ("size", "latent_size", "channels", "batch_norm"),
-    [((16, 24), 2, 3, False), ((8, 8), 7, 1, False), ((8, 16), 2, 3, True)],
-)
-def test_a_model_is_rebuilt_ready_for_inference(tmp_path, size, latent_size, channels, batch_norm):
-    model = VAE(size, latent_size, channels, batch_norm)
-    x = torch.rand(4, channels, *size)
-    model(x)  # gives batch norm statistics of its own
-    path = write_checkpoint(tmp_path / "checkpoint.pt", model, beta=0.3)
-    rebuilt, config, latents = load_model(path)
-    assert config["beta"] == 0.3
-    assert not rebuilt.training
-    assert torch.equal(through_mean(rebuilt, x), through_mean(model.eval(), x))
-    saved = load_checkpoint(path)["latents"]
-    assert torch.equal(latents.mean, saved["mean"])
-    assert torch.equal(latents.covariance_matrix, saved["covariance"])
-
-
-def test_before_a_runs_end_a_checkpoint_has_no_latents(path):
-    change(path, lambda checkpoint: checkpoint.pop("latents"))
-    assert load_model(path)[2] is None
-
-
-MISFITS = {
-    "latent size": lambda it: it["config"].update(latent_size=3),
-    "a huge latent size": lambda it: it["config"].update(latent_size=10**30),
-    "resolution": lambda it: it["config"].update(image_resolution=8),
-    "batch norm": lambda it: it["config"].update(batch_norm=True),
-    "no channels": lambda it: it["config"].pop("image_channels"),
-    "a foreign weight": lambda it: it["model"].update(more=torch.zeros(2)),
-    "an infinite weight": lambda it: it["model"]["encoder.fcm.bias"].fill_(float("inf")),
-    "latents of another size": lambda it: it["latents"].update(mean=torch.zeros(3)),
-    "a covariance of none": lambda it: it["latents"].update(covariance=-torch.eye(2)),
-    "no covariance": lambda it: it["latents"].pop("covariance"),
-    "latents in words": lambda it: it.update(latents="N(0, I)"),
-}
-
-
-@pytest.mark.parametrize("edit", MISFITS.values(), ids=MISFITS)
-def test_what_does_not_fit_the_model_is_refused_in_one_line(path, edit):
-    change(path, edit)
-    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged, or no ch.*: .") as refused:
-        load_model(path)
-    assert "\n" not in str(refused.value)
-
-
-# A program's last line.
-
-
-def ending(error: BaseException, capsys) -> tuple[int, str]:
-    """The exit status and the last words of a program in which ``error`` is raised."""
-    with pytest.raises(SystemExit) as stop, one_line_errors():
-        raise error
-    return stop.value.code, capsys.readouterr().err
-
-
-MEMORY = "error: too little memory, take a smaller model or batch"
-FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a")
-ENDINGS = [
-    (UserError("--epochs is 0"), 2, "error: --epochs is 0"),
-    (FloatingPointError("the loss is nan"), 1, "error: the loss is nan"),
-    (FULL, 1, "error: [Errno 28] No space left on device: 'runs/a'"),
-    (MemoryError(), 1, f"{MEMORY} (MemoryError)"),
-    (torch.OutOfMemoryError("CUDA out of memory.\nGPU 0"), 1, f"{MEMORY} (CUDA out of memory.)"),
-    (KeyboardInterrupt(), 130, "Stopped"),
-    (Stopped(signal.SIGINT, Path("nowhere")), 130, "Stopped by SIGINT."),
-    (Stopped(signal.SIGTERM, Path("nowhere")), 143, "Stopped by SIGTERM."),
-]
-
-
-@pytest.mark.parametrize(("error", "status", "line"), ENDINGS, ids=[repr(it[0]) for it in ENDINGS])
-def test_what_a_user_can_change_becomes_one_line_and_an_exit_status(error, status, line, capsys):
-    assert ending(error, capsys) == (status, f"{line}\n")
-
-
-@pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError, KeyError, AssertionError])
-def test_a_mistake_in_the_code_keeps_its_traceback(error):
-    with pytest.raises(error), one_line_errors():
-        raise error("a mistake")
-
-
-def test_a_stopped_program_prints_the_command_that_goes_on(path, capsys, monkeypatch):
-    monkeypatch.chdir(path.parent.parent)
-    status, text = ending(Stopped(signal.SIGINT, Path(path.parent.name)), capsys)
-    first, command = text.splitlines()
-    assert (status, first) == (130, "Stopped by SIGINT. Go on with:")
-    assert shlex.split(command) == [sys.executable, sys.argv[0], "--resume", str(path.parent)]
-
-
-def test_a_command_works_in_a_terminal_and_in_ipython(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["my code/vae_training.py", "--epochs=3"])
-    words = ["my code/vae_training.py", "--resume", "my runs/it's"]
-    assert shlex.split(command_line(*words[1:])) == [sys.executable, *words]
-    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
-    run, *rest = shlex.split(command_line(*words[1:]))
-    assert (run, rest) == ("%run", words)
-
-
-def test_a_command_is_quoted_for_the_shell_of_the_system(monkeypatch):
-    assert quote(["a b", "c"]) == "'a b' c"
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "name", "nt")
-        quoted = quote(["a b", "c"])
-    assert quoted == '"a b" c'
