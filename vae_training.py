@@ -25,34 +25,37 @@ from datasets.synthetic import SyntheticFlowers
 from vae.checkpoint import load_checkpoint, saved_options
 from vae.command_line import check, check_choices, new_folder, one_line_errors, run_to_resume
 from vae.losses import ELBOLoss, annealed_beta
-from vae.report import opening, report, summary, write_validation
+from vae.report import Splits, opening_text, summary_text, write_report, write_validation
 from vae.run import Run
 from vae.vae import VAE
 
 ROOT = Path(__file__).parent
 
-# What --dataset may name, besides a folder of pictures. Each is a class like torchvision's, made
+# What --dataset may name, besides a folder of pictures. Each is a class like torchvision's, called
 # with (root, split, transform, download), where split is "train", "val" or "test"; one of your own
 # is one more entry.
 DATASETS = {"flowers102": Flowers102, "dtd": DTD, "synthetic": SyntheticFlowers}
 
-VALIDATE_EVERY = 10  # epochs between two looks at the validation pictures
+VALIDATE_EVERY = 10  # epochs between two looks at the validation pictures, for TensorBoard alone
 
 
+# On the command line each field is an option, and the comment at it is its help.
 @dataclass(frozen=True)
 class Options:
     """One experiment; the defaults are the post's."""
 
-    # flowers102, dtd, synthetic or a folder of pictures; auto: flowers102, or synthetic if offline
+    # flowers102, dtd, synthetic: drawn by a program, or a folder of pictures; auto: flowers102, or
+    # synthetic if that is not here and cannot be downloaded
     dataset: str = "auto"
-    data_root: Path = ROOT / "datasets"  # folder of flowers-102, downloaded to it if missing
+    data_root: Path = ROOT / "datasets"  # folder of flowers-102 or dtd, downloaded to it if missing
     image_size: int = 32  # height and width in pixels, a multiple of 8
     crop: bool = False  # keep the middle square of each picture, do not squeeze it
     augment: bool = False  # flip, shift, turn, zoom and tint the training pictures at random
 
     latent_size: int = 10  # latent dimensions
     batch_norm: bool = False  # batch normalisation in encoder and decoder
-    # squared error; cross-entropy; sigma: a Gaussian with the best variance, made for beta 1
+    # gaussian: squared error; bernoulli: cross-entropy; sigma: gaussian with a fitted variance, to
+    # be used with beta 1
     likelihood: Literal["gaussian", "bernoulli", "sigma"] = "gaussian"
     beta: float = 0.1  # weight of the KL divergence; 1 is the weight in the ELBO
     beta_schedule: Literal["constant", "linear", "cyclical"] = "constant"  # the others rise from 0
@@ -69,27 +72,31 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ``UserError`` for an impossible value."""
-        check_choices(self)
+        check_choices(self)  # in Python, too, where nothing else looks at them
         for name in ("latent_size", "cycles", "epochs", "batch_size", "checkpoint_every"):
-            check(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+            check(f"--{name.replace('_', '-')}", getattr(self, name), low=1)
         for name in ("warmup_epochs", "beta", "learning_rate"):
-            check(f"--{name.replace('_', '-')}", getattr(self, name), 0)
-        check("--seed", self.seed, 0, 2**32 - 1)
+            check(f"--{name.replace('_', '-')}", getattr(self, name), low=0)
         if self.learning_rate == 0:
             raise UserError("--learning-rate is 0.0: more than 0 is needed")
-        if self.image_size < 8 or self.image_size % 8:
+        check("--seed", self.seed, low=0, high=2**32 - 1)  # as far as NumPy's seeds go
+        if self.image_size < 8 or self.image_size % 8:  # the encoder halves it three times
             raise UserError(f"--image-size is {self.image_size}: a multiple of 8 is needed")
 
 
-# Chosen on the validation split; results/practical_aspects.md has what each part buys.
+# Chosen on the validation split; results/practical_aspects.md has what each part buys. (Warm-up and
+# batch norm, which the post advises, bring nothing there.)
 BEST = Options(epochs=1500, learning_rate=0.002, lr_schedule="cosine", augment=True)
 
 
 def learning_rate_schedule(optimiser: torch.optim.Optimizer, options: Options) -> LRScheduler:
-    """Return the scheduler that --lr-schedule names, for a step after every epoch."""
+    """Return the scheduler that --lr-schedule names, for a step after every epoch.
+
+    The cosine reaches 0 at the last epoch, so that a run with it cannot be made longer.
+    """
     if options.lr_schedule == "cosine":
         return CosineAnnealingLR(optimiser, T_max=options.epochs)
-    return ConstantLR(optimiser, factor=1.0)
+    return ConstantLR(optimiser, factor=1.0)  # changes nothing, so that the loop needs no "if"
 
 
 def train(
@@ -98,51 +105,57 @@ def train(
     """Run the post's training loop in ``folder``; ``resume`` goes on with the run there.
 
     Returns the model and what is in ``metrics.json``. ``UserError`` if options, pictures and folder
-    do not fit together, ``FloatingPointError`` if a loss or weight stops being finite.
+    do not fit together, ``FloatingPointError`` (at the end of an epoch) if weights stop being
+    finite.
     """
     size, num_epochs = options.image_size, options.epochs
-    # Flowers102, or what else --dataset names; downloaded, if it is missing
-    name, dataset = find_dataset(options.dataset, options.data_root, DATASETS)
-    options = replace(options, dataset=name)
+    # Flowers102, or what else --dataset names, downloaded if it is missing. Its root is set, so
+    # that open_split(split=..., transform=...) is all that it needs
+    name, open_split = find_dataset(options.dataset, options.data_root, DATASETS)
+    options = replace(options, dataset=name)  # "auto" has become a name
 
-    # A run holds its folder and the seeds of all random numbers, and lets Ctrl-C wait for an epoch
+    # Run locks the folder, seeds all random numbers, and delays Ctrl-C to the end of the epoch
     with Run(options, folder, resume) as run:
-        # Image preprocessing pipeline: a square of size x size pixels, as a tensor. It runs once
-        # for each picture, so nothing in it may be random: that belongs into the loop, as augment()
+        # Image preprocessing pipeline: squeeze each picture to size x size pixels (or keep its
+        # middle square, with --crop) and convert it to a tensor
         pipeline = Compose([resize_to((size, size), options.crop), ToTensor()])
-        # Read each picture once and keep it in memory, which takes less time than in every epoch
-        training_data = InMemory(dataset(split="train", transform=pipeline), progress)
-        validation_data = InMemory(dataset(split="val", transform=pipeline), progress)
-        test_data = InMemory(dataset(split="test", transform=pipeline), progress)
-        splits = training_data, validation_data, test_data
+        # InMemory reads each picture once, which is faster than reading it in every epoch. So the
+        # pipeline may not be random: random changes go into the loop, as augment() does
+        training_data = InMemory(open_split(split="train", transform=pipeline), progress)
+        validation_data = InMemory(open_split(split="val", transform=pipeline), progress)
+        test_data = InMemory(open_split(split="test", transform=pipeline), progress)
+        splits = Splits(training_data, validation_data, test_data)
 
         # Shuffle and batch the data
         train_dataloader = DataLoader(training_data, batch_size=options.batch_size, shuffle=True)
         test_dataloader = DataLoader(test_data, batch_size=5, shuffle=True)
 
-        # Initialize model, loss and optimiser. What the model is built of stands in its checkpoint,
-        # from which it is built again
+        # Initialize model, loss and optimiser. The architecture is saved with the weights, so that
+        # the same model can be built again
         picture, _ = training_data[0]
         architecture: dict[str, Any] = {
             "image_resolution": (size, size),
             "latent_size": options.latent_size,
-            "image_channels": len(picture),  # 3 for RGB
+            "image_channels": picture.shape[0],  # 3 for RGB
             "batch_norm": options.batch_norm,
         }
         model = VAE(**architecture).to(run.device)
-        model.to(memory_format=torch.channels_last)  # an order in which convolutions are faster
+        # Another order in memory, in which convolutions are faster; shapes stay as they are
+        model.to(memory_format=torch.channels_last)
         loss = ELBOLoss(options.beta, options.likelihood)
         # fused: one step for all weights together, which is faster
         optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate, fused=True)
         scheduler = learning_rate_schedule(optimiser, options)
 
-        # Whatever has a state_dict and stands here is saved, and goes on in a resumed run
+        # What a resumed run goes on from: whatever has a state_dict and stands here is saved, and
+        # on --resume loaded, if the pictures are still the same. (The loss has weights to save if
+        # you give it some.)
         state = {"model": model, "loss": loss, "optimiser": optimiser, "scheduler": scheduler}
-        first_epoch = run.begin(state, architecture, splits)
+        first_epoch = run.start_or_resume(state, architecture, splits)
         if progress:
-            print(opening(run, model, splits, first_epoch))
+            print(opening_text(run, model, splits, first_epoch))
 
-        # Main training loop
+        # Main training loop, with a writer of what TensorBoard shows
         batch_num = first_epoch * len(train_dataloader)
         with SummaryWriter(folder) as writer:
             for epoch in tqdm(
@@ -153,20 +166,20 @@ def train(
                 disable=None if progress else True,  # None: a bar on terminals only
             ):
                 run.seed(epoch)  # so that a resumed run draws the same as an unbroken one
-                # The post's advice of a low beta at first, if --beta-schedule asks for it
+                # The post advises a low beta at first; --beta-schedule does that
                 loss.beta = annealed_beta(
                     options.beta,
                     options.beta_schedule,
-                    epoch,
-                    num_epochs,
-                    options.warmup_epochs,
-                    options.cycles,
+                    epoch=epoch,
+                    epochs=num_epochs,
+                    warmup_epochs=options.warmup_epochs,
+                    cycles=options.cycles,
                 )
                 writer.add_scalar("schedule/beta", loss.beta, epoch)
                 learning_rate = optimiser.param_groups[0]["lr"]
                 writer.add_scalar("schedule/learning_rate", learning_rate, epoch)
 
-                model.train()
+                model.train()  # batch norm takes each batch's own statistics
                 for train_features, _ in train_dataloader:
                     train_features = train_features.to(
                         run.device, memory_format=torch.channels_last
@@ -177,7 +190,7 @@ def train(
                     optimiser.zero_grad()
                     # Step 2: forward pass through the model
                     reconstructions, means, log_vars = model(train_features)
-                    # Step 3: calculate the loss
+                    # Step 3: calculate the loss (the first value is beta)
                     _, kl_loss, reconstruction_loss, total_loss = loss(
                         train_features, reconstructions, means, log_vars
                     )
@@ -193,48 +206,54 @@ def train(
                     # Step 6: take the gradient descent step
                     optimiser.step()
                     batch_num += 1
-                scheduler.step()
+                scheduler.step()  # the next epoch's learning rate
 
-                # At the end of every epoch, create reconstructions of one batch of test data; it is
-                # shuffled, so that each epoch shows other pictures
-                model.eval()
+                # At the end of every epoch, create reconstructions of one batch of test data: the
+                # first one of a new shuffle, so that batches do not run out
+                model.eval()  # batch norm takes the statistics of all batches
                 test_features, _ = next(iter(test_dataloader))
                 with torch.no_grad():
                     reconstructions, means, log_vars = model(test_features.to(run.device))
                 writer.add_image("originals", make_grid(test_features), epoch)
                 writer.add_image("reconstructions", make_grid(reconstructions), epoch)
-
-                loss.beta = options.beta  # whatever is measured, is measured with the final one
-                if (epoch + 1) % VALIDATE_EVERY == 0:
-                    write_validation(writer, model, loss, splits, epoch)
-                if progress:
+                if progress:  # tqdm.write prints above its bar
                     tqdm.write(
                         f"Epoch: {epoch}, Reconstruction Loss: {reconstruction_loss:.2f}, "
                         f"KL Loss: {kl_loss:.2f}, Total Loss: {total_loss:.2f}"
                     )
-                run.end_epoch(epoch)  # saves, if --checkpoint-every or Ctrl-C asks for it
 
-            run.seed(num_epochs)  # the report draws the same, resumed or not
-            model.eval()
-            return model, report(run, writer, model, loss, splits)
+                # Validation and report measure with the full --beta, whatever the schedule
+                loss.beta = options.beta
+                if (epoch + 1) % VALIDATE_EVERY == 0:
+                    write_validation(writer, model, loss, splits, epoch)
+                # Saves every --checkpoint-every epochs and after the last; after Ctrl-C it saves
+                # and stops
+                run.end_epoch(epoch)
+
+            # Measure the model, and write metrics and pictures into the folder
+            run.seed(num_epochs)  # as before an epoch: the same numbers, resumed or not
+            model.eval()  # a resumed run may have had no epoch left
+            metrics = write_report(run, writer, model, loss, splits)
+        return model, metrics
 
 
 @dataclass(frozen=True)
 class Command:
     """Train a variational autoencoder, as in the post or as the options say."""
 
+    # Without OmitArgPrefixes its options would be called --experiment.epochs and so on
     experiment: tyro.conf.OmitArgPrefixes[Options] = Options()
-    preset: Literal["post", "best"] = "post"  # the other options' defaults
+    preset: Literal["post", "best"] = "post"  # what the other options are if they are not given
     log_dir: Path = ROOT / "vae" / "runs"  # folder of all runs
-    run_name: str = ""  # folder of this run; if none is given: date and time
+    run_name: str = ""  # folder of this run; if none is given: date, time and data set
     resume: str = ""  # name or folder of a run to go on with, for more --epochs too
 
 
 def read_command_line(arguments: Sequence[str] | None) -> Command:
     """Return what the command line says.
 
-    The defaults of what it does not say are the preset's, or those of the run to resume. Which of
-    them is on the command line too, so it is read once for that, and once more with those defaults.
+    It is read twice: first to see --preset and --resume, then with the options of that preset or of
+    the run to resume as the defaults of all that is not given.
     """
     parse = partial(tyro.cli, Command, prog="vae_training.py", args=arguments)
     command = parse()
@@ -242,7 +261,8 @@ def read_command_line(arguments: Sequence[str] | None) -> Command:
         if command.preset != "post" or command.run_name:
             raise UserError("a resumed run keeps its own: leave out --preset and --run-name")
         path = run_to_resume(command.log_dir, command.resume) / "checkpoint.pt"
-        return parse(default=Command(saved_options(Options, load_checkpoint(path), path)))
+        saved = saved_options(Options, load_checkpoint(path), path)
+        return parse(default=Command(saved))
     if command.preset == "best":
         return parse(default=Command(BEST))
     return command
@@ -253,19 +273,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         command = read_command_line(arguments)
         options = command.experiment
-        place: AbstractContextManager[Path]
+        # Each of the three gives the run's folder; a new one goes again if nothing is written to it
+        folder_context: AbstractContextManager[Path]
         if command.resume:
-            place = nullcontext(run_to_resume(command.log_dir, command.resume))
+            folder_context = nullcontext(run_to_resume(command.log_dir, command.resume))
         elif command.run_name:
-            place = nullcontext(command.log_dir / command.run_name)
+            folder_context = nullcontext(command.log_dir / command.run_name)
         else:
-            # Where Flowers102 is not to be had, the folder's name says what is taken instead
+            # Before train() does so: the folder is called after what "auto" turns out to be
             name, _ = find_dataset(options.dataset, options.data_root, DATASETS)
             options = replace(options, dataset=name)
-            place = new_folder(command.log_dir, name)
-        with place as folder:
+            folder_context = new_folder(command.log_dir, name)
+        with folder_context as folder:
             _, metrics = train(options, folder, resume=bool(command.resume))
-            print(summary(metrics, folder))
+            print(summary_text(metrics, folder))
 
 
 if __name__ == "__main__":

@@ -44,12 +44,12 @@ SCHEDULER = "scheduler = learning_rate_schedule(optimiser, options)"
 MODEL = "model = VAE(**architecture).to(run.device)\n"
 LOSS = "loss = ELBOLoss(options.beta, options.likelihood)\n"
 STATE = 'state = {"model": model, '
-FIRST_EPOCH = "first_epoch = run.begin("
+FIRST_EPOCH = "first_epoch = run.start_or_resume("
 STEP = "optimiser.step()\n"
 BATCH = "                    # Step 1: set the gradients to zero\n"
 SEED_OPTION = "    seed: int = 0  #"
 TOTAL = "total_loss = self.beta * kl_loss + reconstruction_loss\n"
-PIPELINE = "ToTensor()])\n        # Read"
+PIPELINE = "ToTensor()])\n        # InMemory"
 
 
 def optimiser(code: str) -> Edits:
@@ -88,7 +88,7 @@ CHANGES: dict[str, Edits] = {
     "OneCycleLR, with a step for every batch": {
         TRAINING: [
             (SCHEDULER, "scheduler = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, 12)"),
-            ("                scheduler.step()\n", ""),
+            ("                scheduler.step()  # the next", "                # the next"),
             after(STEP, "scheduler.step()", 20),
         ]
     },
@@ -97,8 +97,8 @@ CHANGES: dict[str, Edits] = {
             after(SCHEDULER + "\n", "warmup = torch.optim.lr_scheduler.LinearLR(optimiser, 0.1)"),
             (STATE, STATE + '"warmup": warmup, '),
             (
-                "                scheduler.step()\n",
-                "                scheduler.step(), warmup.step()\n",
+                "                scheduler.step()  #",
+                "                warmup.step()\n                scheduler.step()  #",
             ),
         ]
     },

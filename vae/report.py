@@ -6,7 +6,7 @@ import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
@@ -24,13 +24,20 @@ from vae.losses import ELBOLoss
 from vae.run import FREE, Run
 from vae.vae import VAE
 
-Splits = tuple[InMemory, InMemory, InMemory]  # train, val and test
+
+class Splits(NamedTuple):
+    """The pictures of an experiment: to train, to choose settings by, and to test."""
+
+    train: InMemory
+    val: InMemory
+    test: InMemory
+
 
 # What TensorBoard shows of a run's progress, and compares between runs.
 COMPARED = ("squared_error", "squared_error_mean", "kl", "active_units", "total_loss")
 
 
-def opening(run: Run, model: VAE, splits: Splits, epoch: int) -> str:
+def opening_text(run: Run, model: VAE, splits: Splits, epoch: int) -> str:
     """Return what a run says at its start: on what it is trained, where, and from which epoch."""
     options = run.options
     train, val, test = (f"{len(split):,}" for split in splits)
@@ -92,7 +99,7 @@ def test_pairs(model: VAE, test: InMemory, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def report(
+def write_report(
     run: Run, writer: SummaryWriter, model: VAE, loss: ELBOLoss, splits: Splits
 ) -> dict[str, Any]:
     """Measure the trained model; leave metrics, pictures and latents; return the metrics.
@@ -121,10 +128,8 @@ def report(
 
 def measure_splits(model: VAE, loss: ELBOLoss, splits: Splits) -> dict[str, Any]:
     """Return what ``evaluate`` measures on each split."""
-    names = ("train", "val", "test")
     return {
-        name: evaluate(model, split.batches(), loss)
-        for name, split in zip(names, splits, strict=True)
+        name: evaluate(model, split.batches(), loss) for name, split in splits._asdict().items()
     }
 
 
@@ -197,7 +202,7 @@ def species_names(labels: list[Any], classes: Any) -> list[str]:
     return [str(label) for label in labels]
 
 
-def summary(metrics: dict[str, Any], folder: Path) -> str:
+def summary_text(metrics: dict[str, Any], folder: Path) -> str:
     """Return what a run prints at its end: how good the model is, and where to look."""
     test, pca, frechet = metrics["test"], metrics["pca"], metrics["samples"]["frechet"]
     better = pca["squared_error"] - test["squared_error"]

@@ -95,7 +95,7 @@ class Run:
         """Give back the signals, the random numbers and the folder."""
         self.on_exit.__exit__(kind, error, traceback)
 
-    def begin(
+    def start_or_resume(
         self, state: dict[str, Any], architecture: dict[str, Any], splits: Sequence[InMemory]
     ) -> int:
         """Return the epoch to begin with: 0, or the one where a resumed run goes on.

@@ -271,13 +271,13 @@ def test_the_projector_shows_five_hundred_pictures_from_all_over_at_most(model, 
 def test_the_opening_says_on_what_and_where_and_from_which_epoch(model, splits, tmp_path):
     run = Run(Options(**SMALL), tmp_path)
     parameters = sum(weight.numel() for weight in model.parameters())
-    assert report.opening(run, model, splits, 0) == (
+    assert report.opening_text(run, model, splits, 0) == (
         "small: 20 training, 6 validation and 34 test pictures of 8x8\n"
         f"A VAE of {parameters:,} parameters is trained for 3 epochs on cpu\n"
         f"Its folder: {tmp_path}"
     )
-    assert "goes on at epoch 2 of 3 epochs" in report.opening(run, model, splits, 2)
-    assert "has ended after its 3 epochs: only" in report.opening(run, model, splits, 3)
+    assert "goes on at epoch 2 of 3 epochs" in report.opening_text(run, model, splits, 2)
+    assert "has ended after its 3 epochs: only" in report.opening_text(run, model, splits, 3)
 
 
 def test_the_summary_says_how_good_the_model_is_and_where_to_look():
@@ -290,7 +290,7 @@ def test_the_summary_says_how_good_the_model_is_and_where_to_look():
         "pca": {"components": 10, "squared_error": 90.0, "frechet": {"samples": 12.06}},
         "samples": {"frechet": {"reconstructions": 7.24, "fitted": 9.46, "prior": 18.05}},
     }
-    assert report.summary(metrics, Path("my runs/first")) == (
+    assert report.summary_text(metrics, Path("my runs/first")) == (
         "Test pictures of flowers102: squared error 81.3 per image (75.0 through the mean), "
         "KL 12.3 nats, 9 active latent dimensions.\n"
         "PCA with 10 components: 90.0; the model is 8.7 better.\n"
@@ -301,4 +301,4 @@ def test_the_summary_says_how_good_the_model_is_and_where_to_look():
         "Look at the run with: tensorboard --logdir 'my runs'"
     )
     metrics["pca"]["squared_error"] = 80.0
-    assert "the model is 1.3 worse.\n" in report.summary(metrics, Path("my runs/first"))
+    assert "the model is 1.3 worse.\n" in report.summary_text(metrics, Path("my runs/first"))
