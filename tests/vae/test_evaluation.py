@@ -270,6 +270,16 @@ def test_what_a_model_draws_is_as_far_from_test_images_as_such_draws_are(model, 
             assert (distances.mean() - expected.mean()).abs() < 6 * error
 
 
+def test_of_each_kind_as_many_pictures_are_drawn_as_there_are_test_images(model, latents):
+    test = images_of_known_spectrum(80, seed=3)
+    features = PCA(lambda: [test], 64)
+    drawn = []
+    model.decoder.register_forward_hook(lambda _, __, images: drawn.append(len(images)))
+    frechet = evaluate_samples(model, latents, lambda: test.split(32), features)
+    assert frechet.keys() == {"reconstructions", "fitted", "prior"}
+    assert sum(drawn) == 3 * 80
+
+
 def without_noise(model: VAE) -> VAE:
     """The model with posteriors that have no width."""
     model.encoder.fcv.weight.data.zero_()
