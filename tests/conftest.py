@@ -4,6 +4,7 @@ import functools
 import hashlib
 import shutil
 import socket
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from torchvision.datasets import Flowers102
 from torchvision.transforms import ToTensor
 
 from datasets.memory import InMemory
+from datasets.preprocessing import read_heic
+from vae_training import DATASETS
 
 SIZES = {"train": 20, "val": 6, "test": 34}
 
@@ -174,6 +177,18 @@ def no_server(flowers, monkeypatch) -> str:
     return url
 
 
+@pytest.fixture
+def no_heic(monkeypatch) -> Iterator[None]:
+    """As if the package pillow-heif were not installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    endings = {end: kind for end, kind in Image.registered_extensions().items() if kind != "HEIF"}
+    monkeypatch.setattr(Image, "EXTENSION", endings)
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
+    read_heic.cache_clear()
+    yield
+    read_heic.cache_clear()
+
+
 class SmallPictures(Dataset):
     """Random pictures of 8x8, the same at each call, in the form that torchvision has."""
 
@@ -195,8 +210,6 @@ class SmallPictures(Dataset):
 @pytest.fixture(scope="session", autouse=True)
 def _small_pictures() -> Iterator[None]:
     """``--dataset small``: three batches of 8 in an epoch, the last one of 4."""
-    from vae_training import DATASETS  # here, since the tests of data sets go without training
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASETS, "small", SmallPictures)
         yield

@@ -179,7 +179,8 @@ def write_checkpoint(path: Path, model: VAE, fitted: bool = True, **options: Any
 
 
 def write_photograph(path: Path, size: tuple[int, int] = (50, 40), seed: int = 0) -> Path:
-    """Write a picture of soft noise."""
+    """Write a picture of soft noise, and the folders that it lies in."""
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path)
     return path

@@ -69,7 +69,6 @@ def test_in_the_committed_notebook_what_the_texts_call_better_is_better(notebook
     assert number("distance, fitted: #", text) < number("distance, prior: #", text)
 
 
-@pytest.mark.slow
 def test_it_runs_from_top_to_bottom_on_pictures_of_ones_own(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path.parent))  # the notebook leaves its runs there
     for number in range(60):

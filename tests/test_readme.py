@@ -49,7 +49,6 @@ def copy(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
 def test_every_command_and_snippet_works_as_pasted_without_a_network(copy):
     assert len(statements()) >= 10
     nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}

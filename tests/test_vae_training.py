@@ -478,7 +478,6 @@ def test_a_run_stopped_and_died_again_and_again_ends_as_if_it_had_not(
 # The script as a process of its own, in any folder.
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_a_process_with_the_command_that_goes_on_from_any_folder(tmp_path, monkeypatch):
     photographs = tmp_path / "my photos"  # of two species and of several sizes, and a note
     for seed in range(60):

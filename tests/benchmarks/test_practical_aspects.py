@@ -70,7 +70,6 @@ def is_drawn(path: Path) -> bool:
         return min(figure.size) > 200 and np.asarray(figure.convert("L")).std() > 10
 
 
-@pytest.mark.slow
 def test_the_table_has_mean_and_deviation_of_each_settings_seeds(trained):
     lines = table(train_short(trained)).splitlines()
     header, _, *rows = [line.strip("| ").split(" | ") for line in lines]
@@ -98,7 +97,6 @@ def test_the_table_has_mean_and_deviation_of_each_settings_seeds(trained):
         ]
 
 
-@pytest.mark.slow
 def test_each_run_has_its_settings_options_and_its_seed(trained):
     for name, setting in SHORT.items():
         for seed in (0, 1):
@@ -107,7 +105,6 @@ def test_each_run_has_its_settings_options_and_its_seed(trained):
             assert expected.items() <= options.items()
 
 
-@pytest.mark.slow
 def test_the_command_prints_the_table_draws_both_figures_and_trains_nothing_twice(
     trained, tmp_path, monkeypatch, capfd
 ):
@@ -124,7 +121,6 @@ def test_the_command_prints_the_table_draws_both_figures_and_trains_nothing_twic
     assert is_drawn(tmp_path / "flowers102_pictures.png")
 
 
-@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(own_copy):
     without_time = {"seconds": None}
     before = read_metrics(own_copy, "beta 10", 1) | without_time
@@ -134,7 +130,6 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(own_copy):
     assert read_metrics(own_copy, "beta 10", 1) | without_time == before
 
 
-@pytest.mark.slow
 def test_a_run_with_other_options_is_refused(own_copy):
     other = SHORT | {"beta 10": replace(SHORT["beta 10"], beta=9.0)}
     with pytest.raises(UserError, match=r"beta-10.*trained with other options"):

@@ -3,7 +3,6 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
@@ -108,7 +107,6 @@ def test_all_ways_can_be_measured(data_root):
         assert all(float(number) > 0 for number in rows[name])
 
 
-@pytest.mark.slow
 def test_a_new_process_has_its_own_peak_of_memory_and_its_start_counts():
     torch.ones(2**29, dtype=torch.uint8)  # 512 MiB, freed at once
     new = measure_in_new_process(take_steps_plainly, Options(epochs=2))

@@ -13,7 +13,8 @@ import PIL
 import pytest
 import torch
 import torchvision
-from pictures import ROOT, fill, write_photograph
+from helpers import ROOT, write_photograph
+from pictures import fill
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision.datasets import DTD, Flowers102, ImageFolder

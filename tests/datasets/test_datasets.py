@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import write_photograph
+from helpers import write_photograph
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import DTD, Flowers102

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import fill, seeded
+from helpers import seeded
+from pictures import fill
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from pictures import ROOT, seeded, write_photograph
+from helpers import ROOT, seeded, write_photograph
 from PIL import Image
 
 from datasets import preprocessing
