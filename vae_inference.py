@@ -17,12 +17,12 @@ from PIL import ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.transforms import Compose, Grayscale, ToPILImage, ToTensor
+from torchvision.transforms import Compose, Grayscale, ToPILImage
 from torchvision.utils import make_grid
 from tyro.conf import OmitArgPrefixes, Positional, PositionalRequiredArgs, arg
 
 from datasets.errors import UserError
-from datasets.preprocessing import read_picture, resize_to
+from datasets.preprocessing import image_pipeline, read_picture
 from vae.checkpoint import load_model, replace_atomically
 from vae.command_line import check, one_line_errors
 from vae.latent import near, prior, variation_per_dimension
@@ -153,7 +153,7 @@ def drawing(
     checkpoint = settings.checkpoint or find_checkpoint(settings.log_dir)
     output = find_output(settings.output, usual_name, [checkpoint, *pictures])
     device = find_device(settings.device)
-    with own_random(device):
+    with own_random():
         model, options, latents = load_model(checkpoint, device)
         if latents is None:
             print("warning: its run has not ended: drawn from the prior, so worse", file=sys.stderr)
@@ -193,7 +193,7 @@ def find_output(given: Path | None, usual_name: str, inputs: Sequence[Path]) -> 
 def as_in_training(model: VAE, crop: bool) -> Compose:
     """Return what makes the model's input, [channels, height, width] in [0, 1], of a picture."""
     grey = [Grayscale()] if model.image_channels == 1 else []
-    return Compose([*grey, resize_to(model.image_resolution, crop), ToTensor()])
+    return Compose([*grey, image_pipeline(model.image_resolution, crop)])
 
 
 def layers_of_page(decoder: Any, z: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -13,14 +13,13 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import DTD, Flowers102
-from torchvision.transforms import Compose, ToTensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from datasets import find_dataset
 from datasets.errors import UserError
 from datasets.memory import InMemory
-from datasets.preprocessing import augment, resize_to
+from datasets.preprocessing import augment, image_pipeline
 from datasets.synthetic import SyntheticFlowers
 from vae.checkpoint import load_checkpoint, saved_options
 from vae.command_line import check, check_choices, new_folder, one_line_errors, run_to_resume
@@ -82,6 +81,8 @@ class Options:
         check("--seed", self.seed, low=0, high=2**32 - 1)  # as far as NumPy's seeds go
         if self.image_size < 8 or self.image_size % 8:  # the encoder halves it three times
             raise UserError(f"--image-size is {self.image_size}: a multiple of 8 is needed")
+        if self.beta_schedule == "cyclical" and self.epochs < 2 * self.cycles:
+            raise UserError(f"--cycles is {self.cycles}: two --epochs for each of them are needed")
 
 
 # Chosen on the validation split; results/practical_aspects.md has what each part buys. (Warm-up and
@@ -94,9 +95,11 @@ def learning_rate_schedule(optimiser: torch.optim.Optimizer, options: Options) -
 
     The cosine reaches 0 at the last epoch, so that a run with it cannot be made longer.
     """
+    if options.lr_schedule == "constant":
+        return ConstantLR(optimiser, factor=1.0)  # changes nothing, so that the loop needs no "if"
     if options.lr_schedule == "cosine":
         return CosineAnnealingLR(optimiser, T_max=options.epochs)
-    return ConstantLR(optimiser, factor=1.0)  # changes nothing, so that the loop needs no "if"
+    raise ValueError(f"there is no schedule for --lr-schedule {options.lr_schedule}")
 
 
 def train(
@@ -116,9 +119,10 @@ def train(
 
     # Run locks the folder, seeds all random numbers, and delays Ctrl-C to the end of the epoch
     with Run(options, folder, resume) as run:
-        # Image preprocessing pipeline: squeeze each picture to size x size pixels (or keep its
-        # middle square, with --crop) and convert it to a tensor
-        pipeline = Compose([resize_to((size, size), options.crop), ToTensor()])
+        # Image preprocessing pipeline: Resize to size x size pixels (or, with --crop, the middle
+        # square) and ToTensor. It is in datasets/preprocessing.py, since vae_inference.py prepares
+        # the pictures that it is given in the same way
+        pipeline = image_pipeline((size, size), options.crop)
         # InMemory reads each picture once, which is faster than reading it in every epoch. So the
         # pipeline may not be random: random changes go into the loop, as augment() does
         training_data = InMemory(open_split(split="train", transform=pipeline), progress)
@@ -142,7 +146,7 @@ def train(
         model = VAE(**architecture).to(run.device)
         # Another order in memory, in which convolutions are faster; shapes stay as they are
         model.to(memory_format=torch.channels_last)
-        loss = ELBOLoss(options.beta, options.likelihood)
+        loss = ELBOLoss(options.beta, options.likelihood).to(run.device)
         # fused: one step for all weights together, which is faster
         optimiser = torch.optim.Adam(model.parameters(), lr=options.learning_rate, fused=True)
         scheduler = learning_rate_schedule(optimiser, options)

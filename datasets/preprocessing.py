@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 from datasets.errors import DamagedPicture
 
@@ -70,15 +70,16 @@ def read_heic() -> bool:
     return True
 
 
-def resize_to(resolution: tuple[int, int], crop: bool = False) -> Compose:
-    """Return the transform that brings a picture to a (height, width).
+def image_pipeline(resolution: tuple[int, int], crop: bool = False) -> Compose:
+    """Return the transform from a picture to the model's input.
 
-    It is squeezed into that shape, as in the post; with ``crop`` only its middle is kept, in the
-    right proportions.
+    It squeezes the picture into (height, width), as in the post, or with ``crop`` keeps its middle
+    in the right proportions, and makes a tensor of it, [channels, height, width] in [0, 1]. It runs
+    once for each picture, so nothing in it may be random.
     """
-    if not crop:
-        return Compose([Resize(resolution)])
-    return Compose([Resize(max(resolution)), CenterCrop(resolution)])
+    if crop:
+        return Compose([Resize(max(resolution)), CenterCrop(resolution), ToTensor()])
+    return Compose([Resize(resolution), ToTensor()])
 
 
 def augment(images: Tensor) -> Tensor:

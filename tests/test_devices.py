@@ -29,7 +29,7 @@ DEVICE = torch.device("mps:0")  # without a number PyTorch would ask a driver fo
 BACKENDS = {"CPU", "CUDA", "MPS"}
 
 OPTIONS = {
-    "gaussian": {"crop": True, "beta_schedule": "cyclical", "cycles": 2},
+    "gaussian": {"crop": True, "beta_schedule": "cyclical", "cycles": 1},
     "everything": EVERYTHING,
 }
 COMMANDS = (

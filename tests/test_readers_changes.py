@@ -49,7 +49,8 @@ STEP = "optimiser.step()\n"
 BATCH = "                    # Step 1: set the gradients to zero\n"
 SEED_OPTION = "    seed: int = 0  #"
 TOTAL = "total_loss = self.beta * kl_loss + reconstruction_loss\n"
-PIPELINE = "ToTensor()])\n        # InMemory"
+PREPROCESSING = "datasets/preprocessing.py"
+PIPELINE = "Resize(resolution), ToTensor()"
 
 
 def optimiser(code: str) -> Edits:
@@ -84,6 +85,15 @@ CHANGES: dict[str, Edits] = {
     # Schedules.
     "StepLR": {
         TRAINING: [(SCHEDULER, "scheduler = torch.optim.lr_scheduler.StepLR(optimiser, 1, 0.5)")]
+    },
+    "LambdaLR, whose factor is a number of NumPy's": {
+        TRAINING: [
+            ("import torch\n", "import numpy as np\nimport torch\n"),
+            (
+                SCHEDULER,
+                "scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda e: np.cos(e / 9))",
+            ),
+        ]
     },
     "OneCycleLR, with a step for every batch": {
         TRAINING: [
@@ -153,6 +163,15 @@ CHANGES: dict[str, Edits] = {
                 "        self.flatten = nn.Flatten()",
                 "        self.flatten = nn.Sequential(nn.Flatten(), nn.Dropout(0.1))",
             )
+        ]
+    },
+    "a buffer with infinities, such as a mask": {
+        LAYERS: [
+            after(
+                "        self.flatten = nn.Flatten()\n",
+                'self.register_buffer("mask", torch.tensor([0, -math.inf]))',
+            ),
+            ("import torch\n", "import math\n\nimport torch\n"),
         ]
     },
     "a buffer that is not saved": {
@@ -240,8 +259,8 @@ CHANGES: dict[str, Edits] = {
     },
     # Pictures.
     "a transform more": {
-        TRAINING: [
-            ("transforms import Compose,", "transforms import Compose, Grayscale,"),
+        PREPROCESSING: [
+            ("import CenterCrop,", "import CenterCrop, Grayscale,"),
             (PIPELINE, f"Grayscale(), {PIPELINE}"),
         ]
     },
@@ -412,15 +431,30 @@ OTHER_CODE = {
     ),
     "another optimiser": (
         optimiser('torch.optim.SGD([{"params": [x]} for x in model.parameters()], lr=1e-4)'),
-        "made by other code: loaded state dict has a different number of parameter groups",
+        r"same experiment: optimiser: kind is SGD \(the run has Adam\); optimiser: param_gr",
+    ),
+    "another setting of the optimiser": (
+        optimiser("torch.optim.Adam(model.parameters(), options.learning_rate, weight_decay=0.5)"),
+        r"param_groups\[0\].weight_decay is 0.5 \(the run has 0\)",
+    ),
+    "a schedule of another length": (
+        {
+            TRAINING: [
+                (
+                    "ConstantLR(optimiser, factor=1.0)",
+                    "ConstantLR(optimiser, factor=1.0, total_iters=options.epochs)",
+                )
+            ]
+        },
+        r"scheduler: total_iters is 4 \(the run has 5\)",
     ),
     "something more in the state": (
         CHANGES["an average of the weights (EMA)"],
-        "made by other code: .*missing: ema; too much: none",
+        r"same experiment: ema is in the state \(the run has none\)",
     ),
     "something less in the state": (
         {TRAINING: [(STATE, "state = {"), ("state = {", 'state = {"model": model, }; _ = {')]},
-        "made by other code: .*missing: none; too much: loss, optimiser, scheduler",
+        "same experiment: loss is not in the state .*; optimiser is not in the state",
     ),
 }
 
@@ -480,8 +514,8 @@ def test_a_random_transform_in_the_pipeline_is_refused_with_the_place_where_it_b
     copy, tmp_path
 ):
     edits = {
-        TRAINING: [
-            ("transforms import Compose,", "transforms import Compose, RandomHorizontalFlip,"),
+        PREPROCESSING: [
+            ("import CenterCrop,", "import CenterCrop, RandomHorizontalFlip,"),
             (PIPELINE, f"RandomHorizontalFlip(), {PIPELINE}"),
         ]
     }

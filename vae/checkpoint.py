@@ -5,12 +5,13 @@ import os
 import pickle
 import types
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
@@ -89,9 +90,9 @@ def serialise(checkpoint: dict[str, Any]) -> memoryview:
     try:
         torch.save(checkpoint, buffer)
         buffer.seek(0)
-        torch.load(buffer, weights_only=True)
-    except Exception as error:  # of whatever cannot be pickled, or not be read safely
-        strange = ", ".join(strange_values(checkpoint, "checkpoint"))
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except (pickle.PickleError, TypeError, AttributeError) as error:
+        strange = ", ".join(strange_values(checkpoint, "checkpoint")) or in_one_line(error)
         kinds = "tensors, numbers, texts, and lists and dictionaries of them"
         raise TypeError(f"a checkpoint can keep {kinds}, but {strange}") from error
     return buffer.getbuffer()
@@ -105,7 +106,7 @@ def strange_values(value: Any, place: str) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for index, each in enumerate(value):
             yield from strange_values(each, f"{place}[{index}]")
-    elif not isinstance(value, Tensor | bool | int | float | str | None):
+    elif not (isinstance(value, Tensor) or type(value) in (bool, int, float, str, type(None))):
         yield f"{place} is of type {type(value).__name__}"
 
 
@@ -208,8 +209,8 @@ def as_distribution(
 
 
 def all_finite(module: nn.Module) -> bool:
-    """Return whether no weight is infinite or not a number."""
-    return all(weight.isfinite().all() for weight in module.state_dict().values())
+    """Return whether no weight is infinite or not a number; a buffer may be, such as a mask."""
+    return all(weight.isfinite().all() for weight in module.parameters())
 
 
 # The state of a run: whatever has a state_dict.
@@ -220,28 +221,67 @@ def state_dicts(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     plain = {}
     for name, each in state.items():
         values = each.state_dict()
-        plain[name] = {plain_name(key): value for key, value in values.items()}
+        plain[name] = {plain_name(key): as_plain(value) for key, value in values.items()}
     return plain
 
 
 def load_state_dicts(state: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Put each object into the state that ``state_dicts`` returned of it.
 
-    ``ValueError`` if it has other objects, or values that no optimiser could have left there;
-    and whatever the objects themselves raise.
+    ``ValueError`` for values that no optimiser could have left there; and whatever the objects
+    themselves raise.
     """
-    missing = [name for name in state if name not in saved]
-    surplus = [name for name in saved if name not in state]
-    if missing or surplus:
-        raise ValueError(
-            f"its state has {', '.join(saved)}; the code has {', '.join(state)} "
-            f"(missing: {', '.join(missing) or 'none'}; too much: {', '.join(surplus) or 'none'})"
-        )
     for name, each in state.items():
         own_names = {plain_name(key): key for key in each.state_dict()}
         each.load_state_dict({own_names.get(key, key): x for key, x in saved[name].items()})
         if isinstance(each, Optimizer):
             check_optimiser(each)
+
+
+def settings_of(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what each object of a run's state is, and with which values it was made.
+
+    Asked before the first step, an optimiser tells its learning rate, a scheduler its length, and
+    so on. Loading a state puts the old values back: this is how a change of them is noticed.
+    """
+    settings = {}
+    for name, each in state.items():
+        original = getattr(each, "_orig_mod", each)  # of what torch.compile has made of it
+        values: dict[str, Any] = {"kind": type(original).__name__}
+        if not isinstance(each, nn.Module):  # whose weights are drawn, and no settings
+            values |= dict(plain_values(as_plain(each.state_dict())))
+        settings[name] = values
+    return settings
+
+
+def plain_values(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield all values but tensors in dictionaries and lists, each with where it stands."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from plain_values(each, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for index, each in enumerate(value):
+            yield from plain_values(each, f"{place}[{index}]")
+    elif not isinstance(value, Tensor):
+        yield place, value
+
+
+def check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` if a run's state was made otherwise than ``settings_of`` says it was.
+
+    What only one of the two has is left alone: another version of PyTorch may have more.
+    """
+    missing = [name for name in now if name not in before]
+    surplus = [name for name in before if name not in now]
+    changes = []
+    for name in now.keys() & before.keys():
+        for place, value in now[name].items():
+            if place in before[name] and before[name][place] != value:
+                changes.append(f"{name}: {place} is {value} (the run has {before[name][place]})")
+    changes += [f"{name} is in the state (the run has none)" for name in missing]
+    changes += [f"{name} is not in the state (the run has one)" for name in surplus]
+    if changes:
+        raise UserError(f"a resumed run stays the same experiment: {'; '.join(sorted(changes))}")
 
 
 def plain_name(key: Any) -> Any:
@@ -271,27 +311,46 @@ def check_optimiser(optimiser: Optimizer) -> None:
 # Options: of any kind that a command line reads.
 
 
-def as_plain(value: Any) -> Any:
-    """Return an option's value as a checkpoint holds it: a path as its text."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
+def map_values(change: Callable[[Any], Any], value: Any) -> Any:
+    """Return a value in which ``change`` was made to each one in dictionaries, lists and tuples."""
     if isinstance(value, dict):
-        return {key: as_plain(each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(as_plain(each) for each in value)
-    return value
+        return {key: map_values(change, each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [map_values(change, each) for each in value]
+    if isinstance(value, tuple):
+        return tuple(map_values(change, each) for each in value)
+    return change(value)
+
+
+def as_plain(value: Any) -> Any:
+    """Return a value as a checkpoint holds it: paths as text, NumPy's numbers as Python's."""
+
+    def plain(each: Any) -> Any:
+        if isinstance(each, os.PathLike):
+            return os.fspath(each)
+        return each.item() if isinstance(each, np.generic) else each
+
+    return map_values(plain, value)
 
 
 def as_declared(value: Any, hint: Any) -> Any:
-    """Return a plain value as the option's type hint has it: a text as a path, if it is one."""
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    inner = get_args(hint)
-    if get_origin(hint) in (Union, types.UnionType) and isinstance(value, str):
-        return Path(value) if Path in inner and str not in inner else value
-    if isinstance(value, tuple | list) and inner:
-        hints = inner if len(inner) == len(value) and ... not in inner else inner[:1] * len(value)
-        return type(value)(as_declared(*pair) for pair in zip(value, hints, strict=True))
+    """Return a plain value as an option's type hint has it: a text as a path, where that is meant.
+
+    ``hint`` is for instance Path, ``Path | None`` or ``tuple[Path, ...]``.
+    """
+    is_union = get_origin(hint) in (Union, types.UnionType)
+    kinds = get_args(hint) if is_union else (hint,)
+    if isinstance(value, str):
+        return Path(value) if Path in kinds and str not in kinds else value
+    for kind in kinds:
+        origin, inner = get_origin(kind), get_args(kind)
+        if origin is dict and isinstance(value, dict):
+            return {key: as_declared(each, inner[1]) for key, each in value.items()}
+        if origin is list and isinstance(value, list):
+            return [as_declared(each, inner[0]) for each in value]
+        if origin is tuple and isinstance(value, tuple):
+            hints = inner[:1] * len(value) if inner[-1] is ... else inner
+            return tuple(as_declared(*pair) for pair in zip(value, hints, strict=True))
     return value
 
 

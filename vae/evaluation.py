@@ -150,7 +150,7 @@ def evaluate_pca(train: Batches, test: Batches, components: int, features: PCA) 
     drawn = codes.mean(dim=0) + noise * spread
     samples = (pca.decode(z).clamp(0, 1) for z in drawn.split(64))
     return {
-        "components": components,
+        "components": pca.directions.shape[1],  # fewer where there are fewer pictures
         "squared_error": squared_error / count,
         "frechet": frechet_distances({"samples": samples}, test, features),
     }

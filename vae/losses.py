@@ -23,7 +23,8 @@ class ELBOLoss(nn.Module):
       more than 100;
     - ``"sigma"``: a Gaussian with one variance for all values, the batch's mean squared error,
       which is the best there is (Rybkin et al. 2021, section 3), with its constants, in nats. No
-      beta has to be searched for: 1 is right.
+      beta has to be searched for: 1 is right. As each batch has its own variance, compare only
+      losses of batches of one size.
 
     ``ValueError`` for a negative or non-finite beta or an unknown likelihood.
     """
@@ -44,8 +45,9 @@ class ELBOLoss(nn.Module):
 
         That is a number and three scalars, all per image, the KL loss in nats. Originals and
         reconstructions are [batch, channels, height, width] in [0, 1], means and log-variances of
-        the posteriors [batch, latent]. ``ValueError`` for other shapes, which PyTorch would
-        broadcast silently.
+        the posteriors [batch, latent]. ``ValueError`` where the shapes of originals and
+        reconstructions differ, or those of means and log-variances: PyTorch would broadcast them
+        silently.
         """
         if original.shape != reconstruction.shape or latent_mean.shape != latent_log_var.shape:
             given = original, reconstruction, latent_mean, latent_log_var
@@ -67,7 +69,9 @@ class ELBOLoss(nn.Module):
         squared_error = torch.square(original - reconstruction).sum(dim=(1, 2, 3)).mean()
         if self.likelihood == "sigma":
             return sigma_loss(squared_error, values=original[0].numel())
-        return squared_error
+        if self.likelihood == "gaussian":
+            return squared_error
+        raise ValueError(f"there is no loss for the likelihood {self.likelihood!r}")
 
 
 def bernoulli_loss(original: Tensor, reconstruction: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def write_report(
     train, _, test = splits
     metrics = describe(run, model, seconds)
     metrics |= measure_splits(model, loss, splits)
-    run.check_finite(run.options.epochs - 1, metrics["train"]["total_loss"])
+    run.check_loss(run.options.epochs - 1, metrics["train"]["total_loss"])
     latents = fit_latents(model, train.batches())
     metrics |= measure_samples(model, latents, train, test)
     content = json.dumps(metrics, indent=2, default=str)

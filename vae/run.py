@@ -25,20 +25,20 @@ from datasets.memory import InMemory
 from vae.checkpoint import (
     all_finite,
     as_plain,
+    check_same_settings,
     load_checkpoint,
     load_state_dicts,
     made_by_this_code,
+    map_values,
     save_checkpoint,
     saved_options,
     serialise,
+    settings_of,
     state_dicts,
 )
 
 # What may change when a run goes on: where it is computed, and how often it is saved.
 FREE = {"data_root", "device", "checkpoint_every"}
-
-# What a run that ended before its first checkpoint has left; a new one may begin there.
-START = ("events.out.tfevents.", "loss_", ".lock", ".checkpoint.pt.")
 
 
 class Stopped(KeyboardInterrupt):
@@ -70,16 +70,22 @@ class Run:
         self.folder, self.resume = Path(folder), resume
         self.device = find_device(options.device)
         self.options = with_whole_paths(options)
+        self.started = time.perf_counter()
+        # What start_or_resume() is given, and what it makes of it
         self.state: dict[str, Any] = {}
-        self.signal_received = 0  # the number of the one that waits for the end of the epoch
+        self.architecture: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
+        self.pictures = 0
+        # What a signal finds
         self.in_epoch = False
+        self.signal_received = 0  # the number of the one that waits for the end of the epoch
 
     def __enter__(self) -> "Run":
         """Take the folder, the random numbers and the signals."""
         self.started = time.perf_counter()
         with ExitStack() as stack:  # gives back what it has, if the rest cannot be had
             stack.enter_context(held_folder(self.folder, self.resume))
-            stack.enter_context(own_random(self.device))
+            stack.enter_context(own_random())
             stack.enter_context(signals_go_to(self.on_signal))
             seed_everything(self.options.seed)  # the same first weights for the same seed
             keep_freed_memory()
@@ -103,11 +109,12 @@ class Run:
         ``state`` has whatever a resumed run goes on from, each with a ``state_dict`` and a
         ``load_state_dict``, the model among them as "model". ``architecture`` are the arguments of
         which the model is built. ``UserError`` if the checkpoint is of another experiment,
-        ``TypeError`` if architecture or options are nothing that a checkpoint can hold.
+        ``TypeError`` if something is nothing that a checkpoint can hold.
         """
-        serialise({"architecture": architecture, "options": as_plain(asdict(self.options))})
         self.state, self.architecture = state, architecture
+        self.settings = settings_of(state)
         self.pictures = checksum(splits)
+        serialise(self.checkpoint(epochs_done=0))
         epoch = self.restore() if self.resume else 0
         self.in_epoch = epoch < self.options.epochs
         return epoch
@@ -124,7 +131,7 @@ class Run:
         ``FloatingPointError`` if a weight is not finite, ``Stopped`` if a signal came meanwhile.
         """
         epochs_done = epoch + 1
-        self.check_finite(epoch)
+        self.check_weights(epoch)
         self.in_epoch = epochs_done < self.options.epochs
         stop = self.signal_received  # read once: a signal may come between two looks
         if stop or not self.in_epoch or epochs_done % self.options.checkpoint_every == 0:
@@ -134,15 +141,19 @@ class Run:
 
     def save(self, epochs_done: int) -> None:
         """Write the checkpoint from which the run goes on after so many epochs."""
-        checkpoint = {
-            "architecture": self.architecture,
+        save_checkpoint(self.folder / "checkpoint.pt", self.checkpoint(epochs_done))
+
+    def checkpoint(self, epochs_done: int) -> dict[str, Any]:
+        """Return what is kept of the run after so many epochs."""
+        return {
+            "architecture": as_plain(self.architecture),
             "options": as_plain(asdict(self.options)),
+            "settings": self.settings,
             "state": state_dicts(self.state),
             "epoch": epochs_done,
             "seconds": time.perf_counter() - self.started,
             "pictures": self.pictures,
         }
-        save_checkpoint(self.folder / "checkpoint.pt", checkpoint)
 
     def add_to_checkpoint(self, **more: Any) -> None:
         """Write the last checkpoint once more, with something besides."""
@@ -157,23 +168,32 @@ class Run:
         check_same_experiment(with_whole_paths(before), self.options)
         with made_by_this_code(path):
             epoch, seconds = checkpoint["epoch"], checkpoint["seconds"]
-            if epoch not in range(self.options.epochs + 1) or isinstance(epoch, float):
+            if type(epoch) is not int or not 0 <= epoch <= self.options.epochs:
                 raise ValueError(f"its epoch is {epoch!r}")
             if checkpoint["pictures"] != self.pictures:
                 raise UserError("pictures were added, removed or changed since: train a new run")
+            check_same_settings(checkpoint["settings"], self.settings)
             load_state_dicts(self.state, checkpoint["state"])
             self.started -= seconds
         return epoch
 
-    def check_finite(self, epoch: int, loss: float = 0.0) -> None:
-        """Raise ``FloatingPointError`` if a weight, or a loss, is not finite in an epoch."""
-        modules = [each for each in self.state.values() if isinstance(each, nn.Module)]
-        if all(all_finite(module) for module in modules) and math.isfinite(loss):
-            return
-        message = f"loss or weights are not finite in epoch {epoch}: lower --learning-rate"
+    def check_weights(self, epoch: int) -> None:
+        """Raise ``FloatingPointError`` if a weight is not finite after an epoch."""
+        for name, each in self.state.items():
+            if isinstance(each, nn.Module) and not all_finite(each):
+                raise self.diverged(f"a weight of the {name} is", epoch)
+
+    def check_loss(self, epoch: int, loss: float) -> None:
+        """Raise ``FloatingPointError`` if a loss is not finite after an epoch."""
+        if not math.isfinite(loss):
+            raise self.diverged("the loss is", epoch)
+
+    def diverged(self, what: str, epoch: int) -> FloatingPointError:
+        """Return the error for what is not finite after an epoch."""
+        message = f"{what} not finite after epoch {epoch}: lower --learning-rate"
         if (self.folder / "checkpoint.pt").exists():
-            message += f". The last good checkpoint is in {self.folder}"
-        raise FloatingPointError(message)
+            message += f". The last checkpoint is in {self.folder}"
+        return FloatingPointError(message)
 
     def on_signal(self, number: int, _: Any) -> None:
         """Note a signal for the end of the epoch; stop at once outside of one, or at a second."""
@@ -195,32 +215,40 @@ def held_folder(folder: Path, resume: bool) -> Iterator[None]:
     ``UserError`` if it is not what is needed: a run's to resume, else an empty one, or one in which
     a run ended before its first checkpoint.
     """
-    if resume and not (folder / "checkpoint.pt").exists():
+    checkpoint = folder / "checkpoint.pt"
+    if resume and not checkpoint.exists():
         raise UserError(f"{folder} has no checkpoint.pt: give the folder of a run")
+    refusal = UserError(f"{folder} is not empty: take another (--run-name) or --resume it")
     folder.mkdir(parents=True, exist_ok=True)
-    names = [path.name for path in folder.iterdir()]
-    unfinished_start = ".lock" in names and all(name.startswith(START) for name in names)
-    if names and not resume and not unfinished_start:
-        raise UserError(f"{folder} is not empty: take another (--run-name) or --resume it")
+    is_empty, was_begun = not any(folder.iterdir()), (folder / ".lock").exists()
+    if not (resume or is_empty or was_begun):
+        raise refusal
     try:
         lock = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout:
         raise UserError(f"another run is writing to {folder}: wait for it") from None
     with lock:
-        if not resume:  # TensorBoard would mix a new run with one that failed at once
+        if not resume:
+            if checkpoint.exists():  # looked at with the lock: before it, a run might have ended
+                raise refusal
+            # TensorBoard would mix a new run with one that ended before its first checkpoint
             for path in folder.rglob("events.out.tfevents.*"):
                 path.unlink()
         yield
 
 
 @contextmanager
-def own_random(device: torch.device) -> Iterator[None]:
-    """Let PyTorch's, NumPy's and Python's random numbers afterwards go on as if none were drawn."""
+def own_random() -> Iterator[None]:
+    """Let PyTorch's, NumPy's and Python's random numbers afterwards go on as if none were drawn.
+
+    Of PyTorch's, that is on the CPU and on all devices: ``torch.manual_seed`` seeds them all.
+    """
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    devices = [] if device.type == "cpu" else [device.index or 0]
-    device_type = "cuda" if device.type == "cpu" else device.type  # without devices: none is asked
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator else 0
+    device_type = accelerator.type if accelerator else "cuda"  # one has to be named
     try:
-        with torch.random.fork_rng(devices, device_type=device_type):
+        with torch.random.fork_rng(range(count), device_type=device_type):
             yield
     finally:
         np.random.set_state(numpy_state)
@@ -276,12 +304,12 @@ def find_device(name: str) -> torch.device:
 
 def with_whole_paths(options: Any) -> Any:
     """Return options in which each ``Path`` is whole and has no ``~``."""
-    whole = {
-        name: Path(os.path.abspath(value.expanduser()))
-        for name, value in vars(options).items()
-        if isinstance(value, Path)
-    }
-    return replace(options, **whole)
+
+    def whole(value: Any) -> Any:
+        return Path(os.path.abspath(value.expanduser())) if isinstance(value, Path) else value
+
+    values = {name: map_values(whole, value) for name, value in vars(options).items()}
+    return replace(options, **values)
 
 
 def checksum(splits: Sequence[InMemory]) -> int:

@@ -1,6 +1,7 @@
 import os
 import pickle
 import random
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, make_dataclass
@@ -15,12 +16,14 @@ from torch import nn
 from datasets.errors import UserError
 from vae.checkpoint import (
     as_plain,
+    check_same_settings,
     load_checkpoint,
     load_model,
     load_state_dicts,
     replace_atomically,
     save_checkpoint,
     saved_options,
+    settings_of,
     state_dicts,
 )
 from vae.vae import VAE
@@ -440,21 +443,54 @@ def test_whatever_has_a_state_dict_is_restored_from_a_file(tmp_path, optimiser):
     assert fresh["optimiser"].param_groups[0]["lr"] == 0.025
 
 
-@pytest.mark.parametrize(
-    ("edit", "names"),
-    [
-        (lambda it: it.pop("average"), "missing: average; too much: none"),
-        (lambda it: it.update(scaler=3, ema=3), "missing: none; too much: scaler, ema"),
-        (lambda it: it.update(ema=it.pop("average")), "missing: average; too much: ema"),
-    ],
-)
-def test_what_is_missing_in_a_state_or_too_much_is_named(edit, names):
-    saved = state_dicts(trained())
-    edit(saved)
-    with pytest.raises(ValueError, match=names) as refusal:
-        load_state_dicts(trained(), saved)
-    assert str(refusal.value).endswith(f"the code has {', '.join(trained())} ({names})")
+OTHER_SETTINGS = {
+    "something less": (
+        lambda it: it.pop("average"),
+        "average is not in the state (the run has one)",
+    ),
+    "something more": (
+        lambda it: it.update(ema=it["average"]),
+        "ema is in the state (the run has none)",
+    ),
+    "another optimiser": (
+        lambda it: it.update(optimiser=trained("SGD with momentum", steps=0)["optimiser"]),
+        "optimiser: kind is SGD (the run has Adam)",
+    ),
+    "another schedule": (
+        lambda it: it["scheduler"].load_state_dict({"step_size": 7}),
+        "scheduler: step_size is 7 (the run has 1)",
+    ),
+    "another learning rate": (
+        lambda it: it["optimiser"].param_groups[0].update(lr=0.5),
+        "optimiser: param_groups[0].lr is 0.5 (the run has 0.1)",
+    ),
+    "another model": (
+        lambda it: it.update(model=nn.Linear(1, 1)),
+        "model: kind is Linear (the run has Sequential)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "change"), OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
+def test_a_state_that_was_made_otherwise_is_named_with_what_is_other(edit, change):
+    before, now = trained(steps=0), trained(steps=0)
+    edit(now)
+    with pytest.raises(UserError, match=re.escape(change)) as refusal:
+        check_same_settings(settings_of(before), settings_of(now))
     assert "\n" not in str(refusal.value)
+
+
+def test_a_state_that_was_made_in_the_same_way_goes_on():
+    state = trained(steps=0) | {"model": compiled("all")}
+    check_same_settings(settings_of(state), settings_of(state | {"model": compiled("none")}))
+
+
+def test_a_setting_that_only_another_version_of_pytorch_has_is_left_alone():
+    before = settings_of(trained(steps=0))
+    now = {name: dict(values) for name, values in before.items()}
+    now["optimiser"]["param_groups[0].new"] = True
+    check_same_settings(before, now)
+    check_same_settings(now, before)
 
 
 def test_the_state_of_other_layers_is_pytorchs_error():

@@ -434,7 +434,9 @@ def test_weights_that_are_not_finite_are_not_saved(folder):
             group["lr"] = 1e300
 
     edit_checkpoint(folder, learn_too_fast)
-    refusal = r"weights are not finite in epoch 9: lower --learning-rate\. The last good checkpoint"
+    refusal = (
+        r"a weight of the model is not finite after epoch 9: lower --learning-rate\. The last check"
+    )
     with pytest.raises(FloatingPointError, match=refusal):
         train_small(folder, True, epochs=10)
     assert load_checkpoint(folder / "checkpoint.pt")["epoch"] == 9
@@ -446,13 +448,15 @@ def test_weights_of_any_module_in_the_state_are_looked_at(folder):
         run.start_or_resume({"model": nn.Linear(1, 1), "loss": loss}, {}, [])
         run.end_epoch(0)
         loss.bias.data[0] = float("inf")
-        with pytest.raises(FloatingPointError, match="not finite in epoch 1"):
+        with pytest.raises(
+            FloatingPointError, match="a weight of the loss is not finite after epoch 1"
+        ):
             run.end_epoch(1)
 
 
 def test_a_loss_that_is_not_finite_in_the_end_has_no_report(folder):
     # One step: its loss is finite, and so are the weights after it. Then no step is left.
-    with pytest.raises(FloatingPointError, match="loss or weights are not finite in epoch 0"):
+    with pytest.raises(FloatingPointError, match="the loss is not finite after epoch 0"):
         train_small(folder, epochs=1, batch_size=64, learning_rate=1e30)
     assert np.isfinite(read_losses(folder)).all()
     tensors = tensors_in(load_checkpoint(folder / "checkpoint.pt"))
@@ -535,7 +539,9 @@ def test_a_resumed_run_stays_the_same_experiment(finished, changes, message):
     assert content(finished) == before
 
 
-@pytest.mark.parametrize("schedule", [{"lr_schedule": "cosine"}, {"beta_schedule": "cyclical"}])
+@pytest.mark.parametrize(
+    "schedule", [{"lr_schedule": "cosine"}, {"beta_schedule": "cyclical", "cycles": 1}]
+)
 def test_a_run_with_a_schedule_does_not_grow(folder, schedule):
     train_small(folder, **schedule)
     with pytest.raises(
@@ -583,8 +589,8 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no epoch": (without("epoch"), "it has no 'epoch'"),
     "no time": (without("seconds"), "it has no 'seconds'"),
     "no pictures": (without("pictures"), "it has no 'pictures'"),
-    "no model": (without("state", "model"), "(missing: model; too much: none)"),
-    "no optimiser": (without("state", "optimiser"), "(missing: optimiser; too much: none)"),
+    "no model": (without("state", "model"), "it has no 'model'"),
+    "no optimiser": (without("state", "optimiser"), "it has no 'optimiser'"),
     "an optimiser that is nothing": (
         lambda it: it["state"].update(optimiser=None),
         "'NoneType' object has no attribute 'items'",
