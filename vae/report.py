@@ -138,9 +138,9 @@ def measure_samples(
 ) -> dict[str, Any]:
     """Return how near new pictures are to test pictures, and how far PCA gets."""
     features = PCA(test.batches, 64)
-    frechet = evaluate_samples(model, latents, test.batches, features)
+    samples = evaluate_samples(model, latents, test.batches, features)
     pca = evaluate_pca(train.batches, test.batches, model.latent_size, features)
-    return {"samples": {"frechet": frechet}, "pca": pca}
+    return {"samples": samples, "pca": pca}
 
 
 def describe(run: Run, model: VAE, seconds: float) -> dict[str, Any]:
@@ -216,7 +216,22 @@ def summary_text(metrics: dict[str, Any], folder: Path) -> str:
         f"fitted latents {frechet['fitted']:.1f}, from the prior {frechet['prior']:.1f}; "
         f"reconstructions have {frechet['reconstructions']:.1f}, pictures drawn with PCA "
         f"{pca['frechet']['samples']:.1f}.\n"
+        f"{precision_text(metrics)}"
         f"{metrics['epochs']} epochs in {metrics['seconds']:.0f} s. Pictures, metrics and the "
         f"model are in {folder}\n"
         f"Look at the run with: {quote(['tensorboard', '--logdir', str(folder.parent)])}"
+    )
+
+
+def precision_text(metrics: dict[str, Any]) -> str:
+    """Return the line about precision and recall; none where test pictures are too few for them."""
+    samples, pca = metrics["samples"], metrics["pca"]
+    if "precision" not in samples:
+        return ""
+    precision, recall = samples["precision"], samples["recall"]
+    return (
+        f"Of the new pictures {precision['fitted']:.0%} lie where test pictures are (precision), "
+        f"and they reach {recall['fitted']:.0%} of those (recall); other real pictures "
+        f"{precision['real']:.0%} and {recall['real']:.0%}, pictures drawn with PCA "
+        f"{pca['precision']['samples']:.0%} and {pca['recall']['samples']:.0%}.\n"
     )

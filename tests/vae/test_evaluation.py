@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from datasets.memory import InMemory
-from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples, frechet_distance
+from vae.evaluation import (
+    PCA,
+    compare,
+    evaluate,
+    evaluate_pca,
+    evaluate_samples,
+    frechet_distance,
+    precision_and_recall,
+)
 from vae.losses import LIKELIHOODS, ELBOLoss
 from vae.report import measure_samples
 from vae.vae import VAE
@@ -238,6 +246,89 @@ def test_features_that_are_not_finite_have_no_frechet_distance(value):
     assert math.isnan(frechet_distance(other, one))
 
 
+# precision_and_recall().
+
+
+def shares_by_numpy(real: np.ndarray, drawn: np.ndarray, k: int) -> tuple[float, float]:
+    """Precision and recall as the paper defines them, one picture after the other."""
+
+    def share(points: np.ndarray, others: np.ndarray) -> float:
+        """The share of points within the ball of one of the others, up to its k-th neighbour."""
+        inside = 0
+        for point in points:
+            for other in others:
+                radius = np.sort(np.linalg.norm(others - other, axis=1))[k]
+                if np.linalg.norm(point - other) <= radius:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    return share(drawn, real), share(real, drawn)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("spread", "shift"), [(1, 0), (0.3, 0), (2, 0.5)])
+def test_precision_and_recall_are_the_papers(k, spread, shift):
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(60, 4))
+    drawn = spread * rng.normal(size=(60, 4)) + shift
+    measured = precision_and_recall(torch.tensor(real), torch.tensor(drawn), k)
+    assert measured == pytest.approx(shares_by_numpy(real, drawn, k))
+    assert 0 < min(measured) < 1
+
+
+def test_the_third_neighbour_counts_if_nothing_else_is_said():
+    real, drawn = torch.randn(2, 80, 3, generator=torch.Generator().manual_seed(0))
+    assert precision_and_recall(real, drawn) == precision_and_recall(real, drawn, k=3)
+    assert precision_and_recall(real, drawn) != precision_and_recall(real, drawn, k=4)
+
+
+def test_safe_averages_have_a_high_precision_and_a_low_recall():
+    real = torch.randn(500, 5, generator=torch.Generator().manual_seed(0))
+    precision, recall = precision_and_recall(real, 0.1 * real)
+    assert precision > 0.99
+    assert recall < 0.1
+
+
+def test_the_same_pictures_reach_all_and_others_none():
+    real = torch.randn(50, 3)
+    assert precision_and_recall(real, real.clone()) == (1, 1)
+    assert precision_and_recall(real, real + 100) == (0, 0)
+
+
+# compare().
+
+
+def measured_against(count: int, **drawn: Tensor) -> dict[str, dict[str, float]]:
+    """What sets of images measure, held against so many test images."""
+    test = images_of_known_spectrum(count, seed=3)
+    with seeded():
+        features = PCA(lambda: test.split(512), 64)
+    return compare({name: [x] for name, x in drawn.items()}, lambda: test.split(512), features)
+
+
+def test_too_few_test_images_have_a_distance_alone():
+    drawn = images_of_known_spectrum(999, seed=4)
+    assert measured_against(999, drawn=drawn).keys() == {"frechet"}
+    assert measured_against(1000, drawn=drawn).keys() == {"frechet", "precision", "recall"}
+
+
+def test_real_pictures_stand_beside_what_is_drawn_and_are_what_half_of_them_is_to_the_other():
+    drawn = images_of_known_spectrum(1200, seed=4)
+    measured = measured_against(1200, good=drawn, safe=0.5 + 0.2 * (drawn - 0.5))
+    for share in ("precision", "recall"):
+        assert measured[share].keys() == {"good", "safe", "real"}
+        # As good as real ones: two standard deviations of a share among 600.
+        assert measured[share]["good"] == pytest.approx(measured[share]["real"], abs=0.08)
+    assert measured["precision"]["safe"] > 0.95
+    assert measured["recall"]["safe"] < 0.3
+
+
+def test_what_is_compared_does_not_depend_on_chance():
+    drawn = images_of_known_spectrum(1000, seed=4)
+    assert measured_against(1000, drawn=drawn) == measured_against(1000, drawn=drawn)
+
+
 # evaluate_samples().
 
 
@@ -261,7 +352,7 @@ def test_what_a_model_draws_is_as_far_from_test_images_as_such_draws_are(model, 
             evaluate_samples(model, latents, lambda: test.split(32), features) for _ in range(30)
         ]
         for name, draw in draws.items():
-            distances = torch.tensor([each[name] for each in measured])
+            distances = torch.tensor([each["frechet"][name] for each in measured])
             expected = torch.tensor(
                 [frechet_distance(features.encode([draw()]), codes) for _ in range(30)]
             )
@@ -275,8 +366,8 @@ def test_of_each_kind_as_many_pictures_are_drawn_as_there_are_test_images(model,
     features = PCA(lambda: [test], 64)
     drawn = []
     model.decoder.register_forward_hook(lambda _, __, images: drawn.append(len(images)))
-    frechet = evaluate_samples(model, latents, lambda: test.split(32), features)
-    assert frechet.keys() == {"reconstructions", "fitted", "prior"}
+    measured = evaluate_samples(model, latents, lambda: test.split(32), features)
+    assert measured["frechet"].keys() == {"reconstructions", "fitted", "prior"}
     assert sum(drawn) == 3 * 80
 
 

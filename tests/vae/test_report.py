@@ -64,7 +64,7 @@ def again(run, splits) -> dict[str, Any]:
         }
         features = PCA(test.batches, 64)
         return scores | {
-            "samples": {"frechet": evaluate_samples(model, latents, test.batches, features)},
+            "samples": evaluate_samples(model, latents, test.batches, features),
             "pca": evaluate_pca(train.batches, test.batches, 2, features),
             "reconstructions.png": model(test.images(slice(32)))[0],
             "samples.png": model.decoder(latents.sample((64,))),
@@ -300,5 +300,12 @@ def test_the_summary_says_how_good_the_model_is_and_where_to_look():
         "500 epochs in 65 s. Pictures, metrics and the model are in my runs/first\n"
         "Look at the run with: tensorboard --logdir 'my runs'"
     )
+    metrics["samples"]["precision"] = {"fitted": 0.98, "prior": 0.5, "real": 0.69}
+    metrics["samples"]["recall"] = {"fitted": 0.07, "prior": 0.1, "real": 0.68}
+    metrics["pca"] |= {"precision": {"samples": 0.99}, "recall": {"samples": 0.04}}
+    assert (
+        "\nOf the new pictures 98% lie where test pictures are (precision), and they reach 7% of "
+        "those (recall); other real pictures 69% and 68%, pictures drawn with PCA 99% and 4%.\n"
+    ) in report.summary_text(metrics, Path("my runs/first"))
     metrics["pca"]["squared_error"] = 80.0
     assert "the model is 1.3 worse.\n" in report.summary_text(metrics, Path("my runs/first"))
