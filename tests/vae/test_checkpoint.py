@@ -102,7 +102,10 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert read["state"]["steps"][1] == 7
 
 
-@pytest.mark.parametrize("value", [nn.ReLU, nn.ReLU(), Path("a"), lambda: 0], ids=repr)
+STRANGE = {"class": nn.ReLU, "module": nn.ReLU(), "path": Path("a"), "function": lambda: 0}
+
+
+@pytest.mark.parametrize("value", STRANGE.values(), ids=STRANGE)
 def test_what_could_not_be_read_back_is_named_and_not_saved(path, value):
     before = path.read_bytes()
     checkpoint = load_checkpoint(path) | {"architecture": {"activation": value}}
