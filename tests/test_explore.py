@@ -224,6 +224,57 @@ def whitened(z: Tensor, latents: MultivariateNormal) -> Tensor:
     return torch.linalg.solve_triangular(roots, (z - latents.mean).T, upper=False).T
 
 
+# A page of more latent dimensions than it has sliders
+
+
+def written_sliders(path: Path) -> list[dict[str, Any]]:
+    """The sliders of a page, as they are written into it."""
+    (exported,) = re.findall(r'id="model">(.*?)</script>', path.read_text())
+    return json.loads(exported)["sliders"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> tuple[VAE, MultivariateNormal, list[dict[str, Any]]]:
+    """A model of 24 latent dimensions, its latents, and the sliders of its page."""
+    folder = tmp_path_factory.mktemp("many")
+    with seeded():
+        checkpoint = write_checkpoint(folder / "many.pt", VAE((16, 16), 24, 3))
+    photograph = str(write_photograph(folder / "a.png"))
+    output = str(folder / "many.html")
+    main(["explore", photograph, "--checkpoint", str(checkpoint), "--output", output])
+    model, _, latents = load_model(checkpoint)
+    return model.requires_grad_(False), latents, written_sliders(folder / "many.html")
+
+
+def test_many_dimensions_have_ten_sliders_the_largest_share_first(many):
+    _, _, sliders = many
+    shares = [slider["share"] for slider in sliders]
+    assert [slider["name"] for slider in sliders] == [f"d{i}" for i in range(1, 11)]
+    assert shares == sorted(shares, reverse=True)
+    assert 10 / 24 < sum(shares) < 1
+
+
+def test_a_slider_reads_its_own_move_and_no_others(many):
+    _, _, sliders = many
+    moves = torch.tensor([slider["direction"] for slider in sliders])
+    readings = torch.tensor([slider["reading"] for slider in sliders])
+    assert torch.allclose(readings @ moves.T, torch.eye(10), atol=1e-4)
+
+
+def test_along_the_first_slider_pictures_change_more_than_along_the_last_and_by_chance(many):
+    model, latents, sliders = many
+    with seeded():
+        z = latents.sample((64,))
+        by_chance = latents.sample((64,)) - latents.mean
+    by_chance = by_chance / whitened(by_chance + latents.mean, latents).norm(dim=1, keepdim=True)
+
+    def change(move: Tensor) -> Tensor:
+        return torch.square(model.decoder(z + 0.1 * move) - model.decoder(z)).sum()
+
+    first, last = (torch.tensor(sliders[i]["direction"]) for i in (0, -1))
+    assert change(first) > max(change(last), change(by_chance))
+
+
 # The page as it is written
 
 

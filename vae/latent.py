@@ -73,3 +73,29 @@ def variation_per_dimension(model: VAE, latents: MultivariateNormal, draws: int 
         change = 0.5 * torch.square(model.decoder(moved) - images).sum() / draws
         shares.append(change / total_variance)
     return torch.stack(shares)
+
+
+def main_directions(
+    model: VAE, latents: MultivariateNormal, count: int, draws: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Return the directions in which the decoder's pictures vary most, and the share of each.
+
+    Latents are z = centre + scale_tril @ u, with u from N(0, I). Along a unit vector v of u the
+    pictures change by J v, with J the decoder's derivative with respect to u. The best directions
+    are the leading eigenvectors of the mean of J'J over the latents (estimated from ``draws`` of
+    them), and their eigenvalues' shares say how much of all change they hold. Returned are unit
+    vectors of u, [count, latent], and shares, [count].
+    """
+    step = 0.1  # of u: far enough for float32, near enough for a derivative
+    size = model.latent_size
+    products = torch.zeros(size, size, device=latents.mean.device)
+    for z in latents.sample((draws,)):
+        moves = step * latents.scale_tril.T  # one for each unit vector of u
+        forward, backward = model.decoder(z + moves), model.decoder(z - moves)
+        derivative = (forward - backward).flatten(1) / (2 * step)  # J', [latent, values]
+        products += derivative @ derivative.T
+    # Eigenvectors are not computed on every device.
+    eigenvalues, eigenvectors = torch.linalg.eigh(products.cpu().double())
+    shares = eigenvalues.flip(0)[:count] / eigenvalues.sum()
+    directions = eigenvectors.flip(1)[:, :count].T
+    return directions.to(z), shares.to(z)

@@ -6,7 +6,7 @@ import torch
 from helpers import seeded
 from torch.distributions import MultivariateNormal
 
-from vae.latent import fit_latents, near, prior, variation_per_dimension
+from vae.latent import fit_latents, main_directions, near, prior, variation_per_dimension
 from vae.vae import VAE
 
 MEAN = torch.tensor([[3.0, -2.0]])
@@ -126,3 +126,25 @@ def test_dimensions_vary_around_where_the_latents_are_and_as_much_as_they_do():
 def test_a_decoder_that_always_draws_the_same_has_no_variation():
     shares = variation_per_dimension(Known(lambda z: 0 * z[:, 0]), WHITE)
     assert torch.equal(shares, torch.zeros(3))
+
+
+# The directions in which pictures vary most.
+
+
+def test_of_a_linear_decoder_the_main_directions_are_those_of_its_variance():
+    latents = MultivariateNormal(torch.tensor([5.0, 0, 0]), torch.diag(torch.tensor([1.0, 4, 1])))
+    # In units of the latents' own: 3 along the first dimension, 2 * 2 along the second.
+    model = Known(lambda z: torch.stack((3 * z[:, 0], 2 * z[:, 1]), dim=1).sum(dim=1))
+    with seeded():
+        directions, shares = main_directions(model, latents, 2)
+    expected = torch.tensor([3.0, 4.0, 0]) / 5
+    assert torch.allclose(directions[0].abs(), expected, atol=1e-3)
+    assert torch.allclose(shares, torch.tensor([1.0, 0.0]), atol=1e-3)
+
+
+def test_main_directions_are_unit_vectors_at_right_angles(model):
+    with seeded():
+        directions, shares = main_directions(model, prior(model), 3)
+    assert torch.allclose(directions @ directions.T, torch.eye(3), atol=1e-4)
+    assert shares.sum() == pytest.approx(1, abs=1e-4)
+    assert shares.tolist() == sorted(shares.tolist(), reverse=True)
