@@ -20,11 +20,12 @@ from matplotlib import pyplot
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
+from datasets import find_dataset
 from datasets.errors import UserError
 from vae.checkpoint import as_plain
-from vae.command_line import one_line_errors
+from vae.command_line import check, one_line_errors
 from vae.run import FREE
-from vae_training import BEST, Options, train
+from vae_training import BEST, DATASETS, Options, train
 
 POST = Options(dataset="flowers102", epochs=200)  # enough epochs to tell the settings apart
 POST_500 = replace(POST, epochs=500)
@@ -257,8 +258,12 @@ def main(
     output: Path = Path("results"),  # folder of the figures
 ) -> None:
     """Train what is missing, then print the table and draw the figures."""
+    check("--seeds", seeds, low=2)  # one has no deviation
+    settings = POINTS | SETTINGS
+    for name in {options.dataset for options in settings.values()}:
+        find_dataset(name, data_root, DATASETS)  # downloads it once, before all run at once
     with ProcessPoolExecutor() as pool:
-        results = train_all(POINTS | SETTINGS, seeds, data_root, log_dir, pool)
+        results = train_all(settings, seeds, data_root, log_dir, pool)
     print(table({name: results[name] for name in SETTINGS}))
     points = {options.beta: results[name] for name, options in POINTS.items()}
     plot_betas(points, output / "rate_distortion.png")
