@@ -22,6 +22,7 @@ from helpers import (
     ROOT,
     SMALL,
     assert_same_run,
+    assert_same_tensors,
     flags,
     interruption,
     read_events,
@@ -401,6 +402,16 @@ def test_a_learnt_weight_in_the_loss_is_learnt(copy, tmp_path):
     train_changed(copy, CHANGES["a learnt weight in the loss"], tmp_path / "run")
     weights = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["state"]["loss"]
     assert weights["log_weight"] != 0
+
+
+def test_after_early_stopping_the_model_that_was_measured_is_the_one_that_is_kept(copy, tmp_path):
+    stop = "                run.end_epoch(epoch)\n"
+    change(copy, {TRAINING: [after(stop, "if epoch == 1: break", 16)]})
+    with imported_from(copy) as (training, inference):
+        options = training.Options(**SMALL | {"learning_rate": 1e-2})
+        trained, _ = training.train(options, tmp_path / "run", progress=False)
+        kept, *_ = inference.load_model(tmp_path / "run" / "checkpoint.pt")
+    assert_same_tensors(trained.state_dict(), kept.state_dict())
 
 
 # Changes between a run and its end.

@@ -3,7 +3,6 @@
 import json
 import math
 import platform
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,11 +106,10 @@ def write_report(
     The model is in ``eval()`` mode, ``loss`` the one that it was trained with, at its final beta.
     ``FloatingPointError`` if the loss is not finite.
     """
-    seconds = time.perf_counter() - run.started
     train, _, test = splits
-    metrics = describe(run, model, seconds)
+    metrics = describe(run, model)
     metrics |= measure_splits(model, loss, splits)
-    run.check_loss(run.options.epochs - 1, metrics["train"]["total_loss"])
+    run.check_loss(run.epochs_done - 1, metrics["train"]["total_loss"])
     latents = fit_latents(model, train.batches())
     metrics |= measure_samples(model, latents, train, test)
     content = json.dumps(metrics, indent=2, default=str)
@@ -119,10 +117,10 @@ def write_report(
         file.write(content.encode())
     save_pictures(run.folder, model, latents, test)
     write_hparams(writer, run.options, metrics["test"])
-    write_projector(writer, model, test, run.options.epochs)
+    write_projector(writer, model, test, run.epochs_done)
     # The last thing: a checkpoint that has latents is that of a run which has ended.
     covariance = latents.covariance_matrix.cpu()
-    run.add_to_checkpoint(latents={"mean": latents.mean.cpu(), "covariance": covariance})
+    run.save(latents={"mean": latents.mean.cpu(), "covariance": covariance})
     return json.loads(content)  # as everybody reads them: a list in place of each tuple
 
 
@@ -143,16 +141,16 @@ def measure_samples(
     return {"samples": samples, "pca": pca}
 
 
-def describe(run: Run, model: VAE, seconds: float) -> dict[str, Any]:
+def describe(run: Run, model: VAE) -> dict[str, Any]:
     """Return what was run: options, architecture, versions, device, time."""
     versions = {"python": platform.python_version()}
     for package in (torch, torchvision):
         versions[package.__name__] = package.__version__
     return {
         "dataset": run.options.dataset,
-        "epochs": run.options.epochs,
+        "epochs": run.epochs_done,
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "seconds": seconds,
+        "seconds": run.seconds,
         "device": str(run.device),
         "versions": versions,
         "options": as_plain(asdict(run.options)),

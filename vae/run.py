@@ -76,6 +76,8 @@ class Run:
         self.architecture: dict[str, Any] = {}
         self.settings: dict[str, Any] = {}
         self.pictures = 0
+        self.epochs_done = 0
+        self.seconds = 0.0  # that they have taken, with reading the pictures
         # What a signal finds
         self.in_epoch = False
         self.signal_received = 0  # the number of the one that waits for the end of the epoch
@@ -114,10 +116,11 @@ class Run:
         self.state, self.architecture = state, architecture
         self.settings = settings_of(state)
         self.pictures = checksum(splits)
-        serialise(self.checkpoint(epochs_done=0))
-        epoch = self.restore() if self.resume else 0
-        self.in_epoch = epoch < self.options.epochs
-        return epoch
+        serialise(self.checkpoint())
+        if self.resume:
+            self.restore()
+        self.in_epoch = self.epochs_done < self.options.epochs
+        return self.epochs_done
 
     def seed(self, epoch: int) -> None:
         """Let all random numbers from here on follow from the run's seed and the epoch alone."""
@@ -130,52 +133,48 @@ class Run:
 
         ``FloatingPointError`` if a weight is not finite, ``Stopped`` if a signal came meanwhile.
         """
-        epochs_done = epoch + 1
         self.check_weights(epoch)
-        self.in_epoch = epochs_done < self.options.epochs
+        self.epochs_done = epoch + 1
+        self.seconds = time.perf_counter() - self.started
+        self.in_epoch = self.epochs_done < self.options.epochs
         stop = self.signal_received  # read once: a signal may come between two looks
-        if stop or not self.in_epoch or epochs_done % self.options.checkpoint_every == 0:
-            self.save(epochs_done)
+        if stop or not self.in_epoch or self.epochs_done % self.options.checkpoint_every == 0:
+            self.save()
         if stop:
             raise Stopped(stop, self.folder)
 
-    def save(self, epochs_done: int) -> None:
-        """Write the checkpoint from which the run goes on after so many epochs."""
-        save_checkpoint(self.folder / "checkpoint.pt", self.checkpoint(epochs_done))
+    def save(self, **more: Any) -> None:
+        """Write the checkpoint from which the run goes on, with something besides."""
+        save_checkpoint(self.folder / "checkpoint.pt", self.checkpoint() | more)
 
-    def checkpoint(self, epochs_done: int) -> dict[str, Any]:
-        """Return what is kept of the run after so many epochs."""
+    def checkpoint(self) -> dict[str, Any]:
+        """Return what is kept of the run as it is now."""
         return {
             "architecture": as_plain(self.architecture),
             "options": as_plain(asdict(self.options)),
             "settings": self.settings,
             "state": state_dicts(self.state),
-            "epoch": epochs_done,
-            "seconds": time.perf_counter() - self.started,
+            "epoch": self.epochs_done,
+            "seconds": self.seconds,
             "pictures": self.pictures,
         }
 
-    def add_to_checkpoint(self, **more: Any) -> None:
-        """Write the last checkpoint once more, with something besides."""
-        path = self.folder / "checkpoint.pt"
-        save_checkpoint(path, load_checkpoint(path) | more)
-
-    def restore(self) -> int:
-        """Take up the state from the checkpoint; return the epoch to go on with."""
+    def restore(self) -> None:
+        """Take up the state from the checkpoint."""
         path = self.folder / "checkpoint.pt"
         checkpoint = load_checkpoint(path)
         before = saved_options(type(self.options), checkpoint, path)
         check_same_experiment(with_whole_paths(before), self.options)
         with made_by_this_code(path):
-            epoch, seconds = checkpoint["epoch"], checkpoint["seconds"]
+            epoch, self.seconds = checkpoint["epoch"], checkpoint["seconds"]
             if type(epoch) is not int or not 0 <= epoch <= self.options.epochs:
                 raise ValueError(f"its epoch is {epoch!r}")
             if checkpoint["pictures"] != self.pictures:
                 raise UserError("pictures were added, removed or changed since: train a new run")
             check_same_settings(checkpoint["settings"], self.settings)
             load_state_dicts(self.state, checkpoint["state"])
-            self.started -= seconds
-        return epoch
+            self.epochs_done = epoch
+            self.started -= self.seconds
 
     def check_weights(self, epoch: int) -> None:
         """Raise ``FloatingPointError`` if a weight is not finite after an epoch."""
