@@ -144,7 +144,8 @@ def train(
             "batch_norm": options.batch_norm,
         }
         model = VAE(**architecture).to(run.device)
-        # Another order in memory, in which convolutions are faster; shapes stay as they are
+        # Another order in memory, in which convolutions are faster; shapes stay as they are. (Leave
+        # it out for what sees all weights as one vector, such as LBFGS)
         model.to(memory_format=torch.channels_last)
         loss = ELBOLoss(options.beta, options.likelihood).to(run.device)
         # fused: one step for all weights together, which is faster
@@ -169,7 +170,9 @@ def train(
                 dynamic_ncols=True,
                 disable=None if progress else True,  # None: a bar on terminals only
             ):
-                run.seed(epoch)  # so that a resumed run draws the same as an unbroken one
+                # So that a resumed run draws the same as an unbroken one; a generator of your own
+                # is to be seeded here, too
+                run.seed(epoch)
                 # The post advises a low beta at first; --beta-schedule does that
                 loss.beta = annealed_beta(
                     options.beta,

@@ -166,6 +166,26 @@ CHANGES: dict[str, Edits] = {
             )
         ]
     },
+    "a model that returns z, too": {
+        "vae/vae.py": [
+            (
+                "return reconstruction, mean, log_var",
+                "return reconstruction, mean, log_var, latent_sample",
+            ),
+            ("-> tuple[Tensor, Tensor, Tensor]:", "-> tuple[Tensor, ...]:"),
+        ],
+        TRAINING: [
+            ("reconstructions, means, log_vars = ", "reconstructions, means, log_vars, *_ = ")
+        ],
+    },
+    "layers in double precision": {
+        LAYERS: [
+            ("        x = self.pool1(", "        x = x.double()\n        x = self.pool1("),
+            after("        self.fcv = nn.Linear(channels * h * w, latent_size)\n", "self.double()"),
+            after("        self.act3 = nn.Sigmoid()\n", "self.double()"),
+            ("x = self.fc(z)", "x = self.fc(z.double())"),
+        ]
+    },
     "a buffer with infinities, such as a mask": {
         LAYERS: [
             after(
@@ -230,6 +250,35 @@ CHANGES: dict[str, Edits] = {
                 "    clip: float | None = None\n    mask: Path | None = Path('a')\n"
                 f"    folders: tuple[Path, ...] = (Path('b'),)\n{SEED_OPTION}",
             )
+        ]
+    },
+    "an option that is a choice (Enum), one of several (NamedTuple), and a group of options": {
+        TRAINING: [
+            ("import torch\n", "import enum\n\nimport torch\n"),
+            ("from typing import Any,", "from typing import Any, NamedTuple,"),
+            (
+                "# On the command line each field",
+                "class Colour(enum.Enum):\n    red = 1\n    blue = 2\n\n\n"
+                "class Size(NamedTuple):\n    width: int\n    place: Path\n\n\n"
+                "@dataclass(frozen=True)\nclass Clip:\n    norm: float = 1.0\n"
+                "    file: Path = Path('a')\n\n\n# On the command line each field",
+            ),
+            (
+                SEED_OPTION,
+                "    colour: Colour = Colour.blue\n    size: Size = Size(3, Path('b'))\n"
+                f"    clip: Clip = Clip()\n{SEED_OPTION}",
+            ),
+        ]
+    },
+    "an option that follows from another": {
+        TRAINING: [
+            ("import dataclass, replace", "import dataclass, field, replace"),
+            (SEED_OPTION, f"    pixels: int = field(init=False)\n{SEED_OPTION}"),
+            (
+                "        check_choices(self)  #",
+                '        object.__setattr__(self, "pixels", self.image_size**2)\n'
+                "        check_choices(self)  #",
+            ),
         ]
     },
     # Chance.
@@ -459,6 +508,19 @@ OTHER_CODE = {
         },
         r"scheduler: total_iters is 4 \(the run has 5\)",
     ),
+    "a group that is added while it trains": (
+        {
+            TRAINING: [
+                (ADAM, ADAM.replace("model", "model.decoder")),
+                (
+                    FIRST_EPOCH,
+                    'optimiser.add_param_group({"params": model.encoder.parameters()})'
+                    f"\n        {FIRST_EPOCH}",
+                ),
+            ]
+        },
+        "its optimiser has 1 groups of parameters, this one 2: a group that is added while",
+    ),
     "something more in the state": (
         CHANGES["an average of the weights (EMA)"],
         r"same experiment: ema is in the state \(the run has none\)",
@@ -497,6 +559,34 @@ def test_a_slip_in_the_layers_keeps_its_traceback_when_the_model_is_to_draw(slip
     ):
         inference.main(command)
     assert str(copy / LAYERS) in {str(entry.path) for entry in slipped.traceback}
+
+
+INCOMPLETE = {
+    "a learnt tensor that nothing saves": (
+        {
+            TRAINING: [
+                (
+                    ADAM,
+                    "torch.optim.Adam([*model.parameters(), torch.zeros(2, requires_grad=True)])",
+                )
+            ]
+        },
+        r"the optimiser changes a parameter of shape \[2\] that is in no module of the state",
+    ),
+    "something without a state": (
+        {TRAINING: [(STATE, STATE + '"sigma": torch.zeros(()), ')]},
+        r"state\['sigma'\] has no state_dict: put a tensor into an nn\.Module",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edits", "message"), INCOMPLETE.values(), ids=INCOMPLETE)
+def test_a_state_from_which_no_run_could_go_on_is_refused_before_it_begins(
+    edits, message, copy, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        train_changed(copy, edits, tmp_path / "run")
+    assert not read_events(tmp_path / "run")
 
 
 def test_a_slip_in_the_loop_keeps_its_traceback(copy, tmp_path):

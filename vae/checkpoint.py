@@ -7,6 +7,8 @@ import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from inspect import signature
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -232,6 +234,10 @@ def load_state_dicts(state: Mapping[str, Any], saved: Mapping[str, Any]) -> None
     themselves raise.
     """
     for name, each in state.items():
+        if not isinstance(saved[name], dict):
+            raise TypeError(f"its {name} is no dictionary")
+        if isinstance(each, Optimizer):
+            check_groups(each, saved[name])
         own_names = {plain_name(key): key for key in each.state_dict()}
         each.load_state_dict({own_names.get(key, key): x for key, x in saved[name].items()})
         if isinstance(each, Optimizer):
@@ -276,12 +282,41 @@ def check_same_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> No
     changes = []
     for name in now.keys() & before.keys():
         for place, value in now[name].items():
-            if place in before[name] and before[name][place] != value:
+            if place in before[name] and not is_same(before[name][place], value):
                 changes.append(f"{name}: {place} is {value} (the run has {before[name][place]})")
     changes += [f"{name} is in the state (the run has none)" for name in missing]
     changes += [f"{name} is not in the state (the run has one)" for name in surplus]
     if changes:
         raise UserError(f"a resumed run stays the same experiment: {'; '.join(sorted(changes))}")
+
+
+def check_groups(optimiser: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless an optimiser has as many groups of parameters as were saved."""
+    own, its = len(optimiser.param_groups), len(saved["param_groups"])
+    if own != its:
+        advice = "a group that is added while it trains has to be there from the start"
+        raise ValueError(f"its optimiser has {its} groups of parameters, this one {own}: {advice}")
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` for what a resumed run could not go on from.
+
+    That is an object without a ``state_dict``, and a parameter which an optimiser changes and no
+    module in the state saves.
+    """
+    saved: set[Tensor] = set()
+    for name, each in state.items():
+        if not hasattr(each, "state_dict"):
+            advice = "put a tensor into an nn.Module, such as nn.ParameterList([...])"
+            raise UserError(f"state[{name!r}] has no state_dict: {advice}")
+        if isinstance(each, nn.Module):
+            saved.update(each.parameters())
+    for name, each in state.items():
+        groups = each.param_groups if isinstance(each, Optimizer) else []
+        for weight in (weight for group in groups for weight in group["params"]):
+            if weight not in saved:
+                given = f"the {name} changes a parameter of shape {list(weight.shape)}"
+                raise UserError(f"{given} that is in no module of the state: add its module there")
 
 
 def plain_name(key: Any) -> Any:
@@ -308,6 +343,11 @@ def check_optimiser(optimiser: Optimizer) -> None:
                     raise ValueError(f"the optimiser's {name} has the shape {sizes}")
 
 
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal, or both not a number."""
+    return one == other or (one != one and other != other)
+
+
 # Options: of any kind that a command line reads.
 
 
@@ -323,11 +363,16 @@ def map_values(change: Callable[[Any], Any], value: Any) -> Any:
 
 
 def as_plain(value: Any) -> Any:
-    """Return a value as a checkpoint holds it: paths as text, NumPy's numbers as Python's."""
+    """Return a value as a checkpoint holds it.
+
+    Paths are texts there, members of an ``Enum`` their names, NumPy's numbers Python's.
+    """
 
     def plain(each: Any) -> Any:
         if isinstance(each, os.PathLike):
             return os.fspath(each)
+        if isinstance(each, Enum):
+            return each.name
         return each.item() if isinstance(each, np.generic) else each
 
     return map_values(plain, value)
@@ -336,14 +381,23 @@ def as_plain(value: Any) -> Any:
 def as_declared(value: Any, hint: Any) -> Any:
     """Return a plain value as an option's type hint has it: a text as a path, where that is meant.
 
-    ``hint`` is for instance Path, ``Path | None`` or ``tuple[Path, ...]``.
+    ``hint`` is for instance Path, ``Path | None``, ``tuple[Path, ...]``, an ``Enum``, a data class.
     """
     is_union = get_origin(hint) in (Union, types.UnionType)
     kinds = get_args(hint) if is_union else (hint,)
-    if isinstance(value, str):
-        return Path(value) if Path in kinds and str not in kinds else value
+    if str in kinds and isinstance(value, str):
+        return value
     for kind in kinds:
         origin, inner = get_origin(kind), get_args(kind)
+        if kind is Path and isinstance(value, str):
+            return Path(value)
+        if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str):
+            return kind[value]
+        if is_dataclass(kind) and isinstance(value, dict):
+            return options_of(kind, value)
+        if hasattr(kind, "_fields") and isinstance(value, tuple):  # a NamedTuple
+            parts = zip(value, get_type_hints(kind).values(), strict=True)
+            return kind(*(as_declared(*part) for part in parts))
         if origin is dict and isinstance(value, dict):
             return {key: as_declared(each, inner[1]) for key, each in value.items()}
         if origin is list and isinstance(value, list):
@@ -354,6 +408,15 @@ def as_declared(value: Any, hint: Any) -> Any:
     return value
 
 
+def options_of(kind: Any, values: Mapping[str, Any]) -> Any:
+    """Return an instance of the data class ``kind`` with these plain values."""
+    hints = get_type_hints(kind)
+    given = {each.name for each in fields(kind) if each.init}  # the others it derives by itself
+    return kind(
+        **{name: as_declared(value, hints[name]) for name, value in values.items() if name in given}
+    )
+
+
 def saved_options(kind: type, checkpoint: dict[str, Any], path: Path) -> Any:
     """Return the options, of the data class ``kind``, of the run whose checkpoint is in ``path``.
 
@@ -361,9 +424,9 @@ def saved_options(kind: type, checkpoint: dict[str, Any], path: Path) -> Any:
     no longer has.
     """
     saved = checkpoint["options"]
-    hints = get_type_hints(kind)
-    gone = [f"{name} = {value!r}" for name, value in saved.items() if name not in hints]
+    known = {each.name for each in fields(kind)}
+    gone = [f"{name} = {value!r}" for name, value in saved.items() if name not in known]
     if gone:
         raise UserError(f"{path} has options that this code has not: {', '.join(gone)}")
     with made_by_this_code(path):
-        return kind(**{name: as_declared(value, hints[name]) for name, value in saved.items()})
+        return options_of(kind, saved)

@@ -35,7 +35,7 @@ def evaluate(model: VAE, batches: Iterable[Tensor], loss: ELBOLoss) -> dict[str,
     count = 0
     for x in batches:
         x = x.to(device)
-        reconstruction, mean, log_var = model(x)
+        reconstruction, mean, log_var, *_ = model(x)
         # Whatever else the loss returns in between, the total comes last.
         _, _, reconstruction_loss, *_, total_loss = loss(x, reconstruction, mean, log_var)
         batch_sums = {
@@ -84,14 +84,18 @@ class PCA:
             directions, _ = torch.linalg.qr(directions)
             product = torch.zeros(())  # of the covariance, times the number of images
             for x in batches():
-                rows = x.flatten(1) - self.centre
+                rows = self.centred(x)
                 product = product + rows.T @ (rows @ directions)
             directions = product
         self.directions = torch.linalg.svd(directions, full_matrices=False).U[:, :count]
 
     def encode(self, images: Iterable[Tensor]) -> Tensor:
         """Return the codes of all images, which come in batches, [n, components]."""
-        return torch.cat([(x.flatten(1) - self.centre) @ self.directions for x in images])
+        return torch.cat([self.centred(x) @ self.directions for x in images])
+
+    def centred(self, x: Tensor) -> Tensor:
+        """Return images as rows, without their mean, [n, values]."""
+        return x.flatten(1).to(self.centre.dtype) - self.centre
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the images of codes, [n, components]."""

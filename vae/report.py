@@ -87,7 +87,7 @@ def test_pairs(model: VAE, test: InMemory, count: int) -> Tensor:
     every = len(test) // count
     originals = test.images(slice(None, None, every))[:count]
     originals = originals.to(next(model.parameters()).device)
-    reconstructions, _, _ = model(originals)
+    reconstructions, *_ = model(originals)
     rows: list[Tensor] = []
     for pair in zip(originals.split(width), reconstructions.split(width), strict=True):
         rows.extend(pair)
@@ -106,6 +106,7 @@ def write_report(
     The model is in ``eval()`` mode, ``loss`` the one that it was trained with, at its final beta.
     ``FloatingPointError`` if the loss is not finite.
     """
+    run.in_epoch = False  # wherever the loop ended: from here on a signal stops at once
     train, _, test = splits
     metrics = describe(run, model)
     metrics |= measure_splits(model, loss, splits)

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +26,8 @@ from vae.checkpoint import (
     all_finite,
     as_plain,
     check_same_settings,
+    check_state,
+    is_same,
     load_checkpoint,
     load_state_dicts,
     made_by_this_code,
@@ -110,9 +112,10 @@ class Run:
 
         ``state`` has whatever a resumed run goes on from, each with a ``state_dict`` and a
         ``load_state_dict``, the model among them as "model". ``architecture`` are the arguments of
-        which the model is built. ``UserError`` if the checkpoint is of another experiment,
-        ``TypeError`` if something is nothing that a checkpoint can hold.
+        which the model is built. ``UserError`` if the checkpoint is of another experiment, or the
+        state lacks something, ``TypeError`` if something is nothing that a checkpoint can hold.
         """
+        check_state(state)
         self.state, self.architecture = state, architecture
         self.settings = settings_of(state)
         self.pictures = checksum(splits)
@@ -307,8 +310,8 @@ def with_whole_paths(options: Any) -> Any:
     def whole(value: Any) -> Any:
         return Path(os.path.abspath(value.expanduser())) if isinstance(value, Path) else value
 
-    values = {name: map_values(whole, value) for name, value in vars(options).items()}
-    return replace(options, **values)
+    given = [each.name for each in fields(options) if each.init]  # the others it derives by itself
+    return replace(options, **{name: map_values(whole, getattr(options, name)) for name in given})
 
 
 def checksum(splits: Sequence[InMemory]) -> int:
@@ -328,7 +331,7 @@ def check_same_experiment(before: Any, now: Any) -> None:
     changes = [
         f"--{name.replace('_', '-')} {value} (the run has {getattr(before, name)})"
         for name, value in vars(now).items()
-        if name not in may_change and value != getattr(before, name)
+        if name not in may_change and not is_same(value, getattr(before, name))
     ]
     if changes:
         rule = "a resumed run stays the same experiment (--epochs may grow with constant schedules)"

@@ -593,7 +593,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no optimiser": (without("state", "optimiser"), "it has no 'optimiser'"),
     "an optimiser that is nothing": (
         lambda it: it["state"].update(optimiser=None),
-        "'NoneType' object has no attribute 'items'",
+        "its optimiser is no dictionary",
     ),
     "an optimiser without groups": (
         without("state", "optimiser", "param_groups"),
