@@ -124,7 +124,7 @@ def traverse(settings: Settings, picture: Path, steps: Steps = 7) -> None:
 
 
 def explore(settings: Settings, picture: Positional[Path | None] = None) -> None:
-    """A web page with ten sliders that change a picture, which needs nothing but itself."""
+    """A web page with up to ten sliders for a picture, which needs nothing but itself."""
     pictures = [picture] if picture else []
     with drawing(settings, "explore.html", pictures) as (file, model, latents, images):
         layers = layers_of_page(model.decoder, latents.mean + latents.stddev.diag())

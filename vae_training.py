@@ -59,7 +59,7 @@ class Options:
     beta: float = 0.1  # weight of the KL divergence; 1 is the weight in the ELBO
     beta_schedule: Literal["constant", "linear", "cyclical"] = "constant"  # the others rise from 0
     warmup_epochs: int = 100  # linear: in how many epochs beta rises
-    cycles: int = 4  # cyclical: how many times beta rises
+    cycles: int = 4  # cyclical: how many times beta rises, at most half as many as --epochs
 
     epochs: int = 500  # passes over the training pictures
     batch_size: int = 64  # pictures in a batch
@@ -81,8 +81,6 @@ class Options:
         check("--seed", self.seed, low=0, high=2**32 - 1)  # as far as NumPy's seeds go
         if self.image_size < 8 or self.image_size % 8:  # the encoder halves it three times
             raise UserError(f"--image-size is {self.image_size}: a multiple of 8 is needed")
-        if self.beta_schedule == "cyclical" and self.epochs < 2 * self.cycles:
-            raise UserError(f"--cycles is {self.cycles}: two --epochs for each of them are needed")
 
 
 # Chosen on the validation split; results/practical_aspects.md has what each part buys. (Warm-up and
@@ -108,8 +106,8 @@ def train(
     """Run the post's training loop in ``folder``; ``resume`` goes on with the run there.
 
     Returns the model and what is in ``metrics.json``. ``UserError`` if options, pictures and folder
-    do not fit together, ``FloatingPointError`` (at the end of an epoch) if weights stop being
-    finite.
+    do not fit together, ``FloatingPointError`` if weights are not finite at the end of an
+    epoch, or the loss at the end of the run.
     """
     size, num_epochs = options.image_size, options.epochs
     # Flowers102, or what else --dataset names, downloaded if it is missing. Its root is set, so
@@ -280,7 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         command = read_command_line(arguments)
         options = command.experiment
-        # Each of the three gives the run's folder; a new one goes again if nothing is written to it
+        # Each of the three gives the run's folder; one that new_folder has made goes again if
+        # nothing is written to it
         folder_context: AbstractContextManager[Path]
         if command.resume:
             folder_context = nullcontext(run_to_resume(command.log_dir, command.resume))

@@ -180,7 +180,7 @@ def code_files(modules: Iterable[str]) -> list[Path] | None:
     """Return the Python files of modules and of this folder, or None for code in a notebook."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     for name in sorted(modules):
-        file = source_file(sys.modules[name])
+        file = source_file(sys.modules.get(name))
         if file is not None:
             files.append(file)
         elif name == "__main__":
@@ -188,7 +188,10 @@ def code_files(modules: Iterable[str]) -> list[Path] | None:
     return files
 
 
-def source_file(module: ModuleType) -> Path | None:
-    """Return a module's Python file; None if it is compiled, or typed into a notebook."""
+def source_file(module: ModuleType | None) -> Path | None:
+    """Return a module's Python file; None if it is compiled, or typed into a notebook.
+
+    A compiled class may name a module that does not exist: None, too.
+    """
     file = getattr(module, "__file__", None) or ""
     return Path(file) if file.endswith(".py") else None

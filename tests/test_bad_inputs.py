@@ -11,7 +11,6 @@ REFUSED = {
     "--epochs 0": "--epochs is 0: 1 or more is needed",
     "--latent-size 0": "--latent-size is 0: 1 or more is needed",
     "--cycles 0": "--cycles is 0: 1 or more is needed",
-    "--beta-schedule cyclical --cycles 2 --epochs 3": "--cycles is 2: two --epochs for each of th",
     "--batch-size 0": "--batch-size is 0: 1 or more is needed",
     "--batch-size -1": "--batch-size is -1: 1 or more is needed",
     "--checkpoint-every 0": "--checkpoint-every is 0: 1 or more is needed",

@@ -575,7 +575,7 @@ INCOMPLETE = {
     ),
     "something without a state": (
         {TRAINING: [(STATE, STATE + '"sigma": torch.zeros(()), ')]},
-        r"state\['sigma'\] has no state_dict: put a tensor into an nn\.Module",
+        r"state\['sigma'\] has no state_dict and load_state_dict: put a tensor into an nn\.Module",
     ),
 }
 

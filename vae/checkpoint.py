@@ -206,8 +206,9 @@ def as_distribution(
     """Return the Gaussian whose ``mean`` and ``covariance`` a checkpoint has, if it has any."""
     if not latents:
         return None
-    mean = latents["mean"].to(device).expand(latent_size)
-    return MultivariateNormal(mean, latents["covariance"].to(device))
+    if latents["mean"].shape != (latent_size,):
+        raise ValueError(f"its latents' mean has the shape {list(latents['mean'].shape)}")
+    return MultivariateNormal(latents["mean"].to(device), latents["covariance"].to(device))
 
 
 def all_finite(module: nn.Module) -> bool:
@@ -304,11 +305,13 @@ def check_state(state: Mapping[str, Any]) -> None:
     That is an object without a ``state_dict``, and a parameter which an optimiser changes and no
     module in the state saves.
     """
+    if "model" not in state:
+        raise UserError(f"the state has {', '.join(state)}: the model is needed, as 'model'")
     saved: set[Tensor] = set()
     for name, each in state.items():
-        if not hasattr(each, "state_dict"):
+        if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
             advice = "put a tensor into an nn.Module, such as nn.ParameterList([...])"
-            raise UserError(f"state[{name!r}] has no state_dict: {advice}")
+            raise UserError(f"state[{name!r}] has no state_dict and load_state_dict: {advice}")
         if isinstance(each, nn.Module):
             saved.update(each.parameters())
     for name, each in state.items():

@@ -53,7 +53,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Return whether Python's or PyTorch's memory ran out, on the CPU or on a device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "DefaultCPUAllocator" in str(error)  # a plain RuntimeError
+    # Plain RuntimeErrors on the CPU, and on a Mac's GPU.
+    return "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)
 
 
 def command_line(*arguments: str) -> str:
@@ -104,10 +105,11 @@ def new_folder(log_dir: Path, dataset: str) -> Iterator[Path]:
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     if dataset != "flowers102":
         name += "-" + re.sub(r"[^\w-]+", "-", Path(dataset).name)
+    log_dir.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         folder = log_dir / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             break
     try:
         yield folder

@@ -134,7 +134,7 @@ def precision_and_recall(real: Tensor, drawn: Tensor, k: int = 3) -> tuple[float
     of an equal n compare.
     """
     real, drawn = real.double(), drawn.double()
-    distances = pairwise_distances(real, drawn)
+    distances = torch.cdist(real, drawn)
     near_real = distances <= neighbour_distances(real, k)[:, None]
     near_drawn = distances <= neighbour_distances(drawn, k)[None, :]
     precision = near_real.any(dim=0).double().mean()
@@ -144,14 +144,8 @@ def precision_and_recall(real: Tensor, drawn: Tensor, k: int = 3) -> tuple[float
 
 def neighbour_distances(features: Tensor, k: int) -> Tensor:
     """Return each feature's distance to its k-th nearest neighbour among the others, [n]."""
-    distances = pairwise_distances(features, features)
+    distances = torch.cdist(features, features)
     return distances.kthvalue(k + 1, dim=1).values  # the nearest of all is the feature itself
-
-
-def pairwise_distances(one: Tensor, other: Tensor) -> Tensor:
-    """Return the Euclidean distances of [n, features] and [m, features], [n, m]."""
-    # The faster way, by matrix products, would let a feature be at a distance from itself.
-    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def compare(
@@ -187,7 +181,7 @@ def compare(
 
 def spread_out(features: Tensor, count: int) -> Tensor:
     """Return so many of the features, from all over, [count, features]."""
-    return features[:: len(features) // count][:count]
+    return features[torch.arange(count) * len(features) // count]
 
 
 def evaluate_pca(train: Batches, test: Batches, components: int, features: PCA) -> dict[str, Any]:

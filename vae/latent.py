@@ -96,6 +96,6 @@ def main_directions(
         products += derivative @ derivative.T
     # Eigenvectors are not computed on every device.
     eigenvalues, eigenvectors = torch.linalg.eigh(products.cpu().double())
-    shares = eigenvalues.flip(0)[:count] / eigenvalues.sum()
+    shares = eigenvalues.flip(0)[:count] / eigenvalues.sum().clamp(min=1e-12)
     directions = eigenvectors.flip(1)[:, :count].T
-    return directions.to(z), shares.to(z)
+    return directions.to(products), shares.to(products)

@@ -63,7 +63,7 @@ def write_validation(
 ) -> None:
     """Write validation metrics, test pairs and samples to TensorBoard.
 
-    Nothing is written of a loss that is not finite: the end of the epoch stops such a run.
+    Nothing is written if the loss is not finite.
     """
     train, val, test = splits
     metrics = evaluate(model, val.batches(), loss)
@@ -77,10 +77,10 @@ def write_validation(
     # Few and small: TensorBoard takes its time over each byte of a picture.
     writer.add_image("samples", make_grid(model.decoder(latents.sample((16,)))), epoch)
     writer.add_image("samples_prior", make_grid(model.sample(16)), epoch)
-    writer.add_image("test_pairs", test_pairs(model, test, 16), epoch)
+    writer.add_image("test_pairs", pairs_grid(model, test, 16), epoch)
 
 
-def test_pairs(model: VAE, test: InMemory, count: int) -> Tensor:
+def pairs_grid(model: VAE, test: InMemory, count: int) -> Tensor:
     """Return a grid: odd rows test pictures, even rows their reconstructions, as in the post."""
     width = min(8, len(test))
     count = min(count, len(test)) // width * width  # whole rows
@@ -110,7 +110,8 @@ def write_report(
     train, _, test = splits
     metrics = describe(run, model)
     metrics |= measure_splits(model, loss, splits)
-    run.check_loss(run.epochs_done - 1, metrics["train"]["total_loss"])
+    for split in splits._fields:
+        run.check_loss(run.epochs_done - 1, metrics[split]["total_loss"])
     latents = fit_latents(model, train.batches())
     metrics |= measure_samples(model, latents, train, test)
     content = json.dumps(metrics, indent=2, default=str)
@@ -162,7 +163,7 @@ def describe(run: Run, model: VAE) -> dict[str, Any]:
 def save_pictures(folder: Path, model: VAE, latents: MultivariateNormal, test: InMemory) -> None:
     """Write pairs of test pictures and reconstructions, and samples of both kinds, as PNG files."""
     grids = {
-        "reconstructions": test_pairs(model, test, 32),
+        "reconstructions": pairs_grid(model, test, 32),
         "samples": make_grid(model.decoder(latents.sample((64,)))),
         "samples_prior": make_grid(model.sample(64)),
     }
@@ -196,7 +197,11 @@ def write_projector(writer: SummaryWriter, model: VAE, test: InMemory, epoch: in
 
 def species_names(labels: list[Any], classes: Any) -> list[str]:
     """Return labels as text: the names in ``classes`` where each label is one's place there."""
-    if classes is not None and all(label in range(len(classes)) for label in labels):
+
+    def is_place(label: Any) -> bool:
+        return isinstance(label, int) and 0 <= label < len(classes)
+
+    if classes is not None and all(is_place(label) for label in labels):
         labels = [classes[label] for label in labels]
     return [str(label) for label in labels]
 

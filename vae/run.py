@@ -72,7 +72,7 @@ class Run:
         self.folder, self.resume = Path(folder), resume
         self.device = find_device(options.device)
         self.options = with_whole_paths(options)
-        self.started = time.perf_counter()
+        self.started = 0.0
         # What start_or_resume() is given, and what it makes of it
         self.state: dict[str, Any] = {}
         self.architecture: dict[str, Any] = {}
@@ -119,7 +119,7 @@ class Run:
         self.state, self.architecture = state, architecture
         self.settings = settings_of(state)
         self.pictures = checksum(splits)
-        serialise(self.checkpoint())
+        serialise(self.checkpoint())  # what cannot be saved is named before the first epoch
         if self.resume:
             self.restore()
         self.in_epoch = self.epochs_done < self.options.epochs

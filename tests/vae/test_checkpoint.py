@@ -351,7 +351,7 @@ MISFITS: dict[str, tuple[Edit, str]] = {
     ),
     "latents of another size": (
         latents(mean=torch.zeros(3)),
-        "The expanded size of the tensor (2) must match the existing size (3)",
+        "its latents' mean has the shape [3]",
     ),
     "a covariance of none": (
         latents(covariance=-torch.eye(2)),

@@ -19,6 +19,7 @@ from vae.evaluation import (
     evaluate_samples,
     frechet_distance,
     precision_and_recall,
+    spread_out,
 )
 from vae.losses import LIKELIHOODS, ELBOLoss
 from vae.report import measure_samples
@@ -322,6 +323,12 @@ def test_real_pictures_stand_beside_what_is_drawn_and_are_what_half_of_them_is_t
         assert measured[share]["good"] == pytest.approx(measured[share]["real"], abs=0.08)
     assert measured["precision"]["safe"] > 0.95
     assert measured["recall"]["safe"] < 0.3
+
+
+def test_pictures_from_all_over_are_compared_also_where_they_stand_in_order():
+    features = torch.arange(1500.0)[:, None]
+    assert spread_out(features, 1000).max() == 1498
+    assert len(spread_out(features, 1000).unique()) == 1000
 
 
 def test_what_is_compared_does_not_depend_on_chance():

@@ -154,7 +154,7 @@ def test_odd_rows_are_test_pictures_and_even_rows_their_reconstructions(model, c
     pictures = pictures_of(count)
     originals = pictures.images(torch.tensor(shown))
     with seeded(5):
-        grid = tiles(report.test_pairs(model, pictures, 16).movedim(0, -1).numpy())
+        grid = tiles(report.pairs_grid(model, pictures, 16).movedim(0, -1).numpy())
     with seeded(5):
         reconstructions = model(originals)[0]
     assert grid.shape[:2] == (2 * len(shown) // min(8, count), min(8, count))

@@ -176,7 +176,22 @@ def test_paths_in_a_runs_options_are_whole_so_that_it_is_resumed_from_any_folder
 # The device.
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "xpu", "mps", "cpu:x", "meta", "toaster", ""])
+MAC = pytest.mark.skipif(torch.backends.mps.is_available(), reason="this is a Mac, which has it")
+INTEL = pytest.mark.skipif(torch.xpu.is_available(), reason="an Intel GPU is here")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cuda:99",
+        pytest.param("mps", marks=MAC),
+        pytest.param("xpu", marks=INTEL),
+        "cpu:x",
+        "meta",
+        "toaster",
+        "",
+    ],
+)
 def test_a_device_that_is_not_there_is_refused_in_one_line(name):
     with pytest.raises(UserError, match=f"device {name} is not available here: .+") as error:
         find_device(name)
