@@ -315,11 +315,17 @@ def check_state(state: Mapping[str, Any]) -> None:
         if isinstance(each, nn.Module):
             saved.update(each.parameters())
     for name, each in state.items():
-        groups = each.param_groups if isinstance(each, Optimizer) else []
-        for weight in (weight for group in groups for weight in group["params"]):
+        if not isinstance(each, Optimizer):
+            continue
+        for weight in weights_of(each):
             if weight not in saved:
                 given = f"the {name} changes a parameter of shape {list(weight.shape)}"
                 raise UserError(f"{given} that is in no module of the state: add its module there")
+
+
+def weights_of(optimiser: Optimizer) -> list[Tensor]:
+    """Return the parameters that an optimiser changes, of all its groups."""
+    return [weight for group in optimiser.param_groups for weight in group["params"]]
 
 
 def plain_name(key: Any) -> Any:
@@ -414,10 +420,11 @@ def as_declared(value: Any, hint: Any) -> Any:
 def options_of(kind: Any, values: Mapping[str, Any]) -> Any:
     """Return an instance of the data class ``kind`` with these plain values."""
     hints = get_type_hints(kind)
-    given = {each.name for each in fields(kind) if each.init}  # the others it derives by itself
-    return kind(
-        **{name: as_declared(value, hints[name]) for name, value in values.items() if name in given}
-    )
+    given = {}
+    for each in fields(kind):
+        if each.init and each.name in values:  # the others it derives by itself
+            given[each.name] = as_declared(values[each.name], hints[each.name])
+    return kind(**given)
 
 
 def saved_options(kind: type, checkpoint: dict[str, Any], path: Path) -> Any:

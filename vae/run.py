@@ -220,11 +220,12 @@ def held_folder(folder: Path, resume: bool) -> Iterator[None]:
     checkpoint = folder / "checkpoint.pt"
     if resume and not checkpoint.exists():
         raise UserError(f"{folder} has no checkpoint.pt: give the folder of a run")
-    refusal = UserError(f"{folder} is not empty: take another (--run-name) or --resume it")
+    not_empty = f"{folder} is not empty: take another (--run-name) or --resume it"
     folder.mkdir(parents=True, exist_ok=True)
-    is_empty, was_begun = not any(folder.iterdir()), (folder / ".lock").exists()
+    is_empty = not any(folder.iterdir())
+    was_begun = (folder / ".lock").exists()
     if not (resume or is_empty or was_begun):
-        raise refusal
+        raise UserError(not_empty)
     try:
         lock = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout:
@@ -232,11 +233,18 @@ def held_folder(folder: Path, resume: bool) -> Iterator[None]:
     with lock:
         if not resume:
             if checkpoint.exists():  # looked at with the lock: before it, a run might have ended
-                raise refusal
-            # TensorBoard would mix a new run with one that ended before its first checkpoint
-            for path in folder.rglob("events.out.tfevents.*"):
-                path.unlink()
+                raise UserError(not_empty)
+            delete_old_events(folder)
         yield
+
+
+def delete_old_events(folder: Path) -> None:
+    """Delete what a run that ended before its first checkpoint has left for TensorBoard.
+
+    TensorBoard would mix it with the new run.
+    """
+    for path in folder.rglob("events.out.tfevents.*"):
+        path.unlink()
 
 
 @contextmanager
