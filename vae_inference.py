@@ -24,14 +24,15 @@ from tyro.conf import OmitArgPrefixes, Positional, PositionalRequiredArgs, arg
 from datasets.errors import UserError
 from datasets.preprocessing import image_pipeline, read_picture
 from vae.checkpoint import load_model, replace_atomically
-from vae.command_line import check, one_line_errors
+from vae.command_line import check, one_line_errors, run_to_resume, with_home
 from vae.latent import main_directions, near, prior, variation_per_dimension
 from vae.run import find_device, own_random
 from vae.vae import VAE
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "vae" / "runs"
-TRAINED = ROOT / "results" / "trained.pt"  # the model that comes with the repository
+# The models that come with the repository, by the names that --checkpoint has for them.
+INCLUDED = {"petals": ROOT / "results" / "petals.pt", "ten": ROOT / "results" / "trained.pt"}
 SIGNATURE = "vae_inference.py"  # stands in every file that is written here
 
 SLIDERS = 10  # at most, on the page that explore writes
@@ -50,7 +51,10 @@ LEADING = (
 class Settings:
     """What all commands share."""
 
-    checkpoint: Path | None = None  # model; if none is given: the newest in --log-dir
+    # petals or ten: the models that come with the repository, of 64 and of 10 numbers; or a run's
+    # name or folder, or a file. If none is given: the newest run that has ended, else petals
+    # (traverse: ten)
+    checkpoint: str = ""
     log_dir: Path = RUNS  # folder of all runs
     output: Path | None = None  # file to write; if none is given: the command's name
     crop: bool = False  # keep the middle square, as a model trained with --crop does by itself
@@ -108,7 +112,12 @@ def interpolate(settings: Settings, pictures: tuple[Path, Path], steps: Steps = 
 def traverse(settings: Settings, picture: Path, steps: Steps = 7) -> None:
     """What each latent dimension does to a picture, moved by -3 to 3 standard deviations."""
     check("--steps", steps, 2, 100)
-    with drawing(settings, "traverse.png", [picture]) as (file, model, latents, (x,)):
+    with drawing(settings, "traverse.png", [picture], included="ten") as (
+        file,
+        model,
+        latents,
+        (x,),
+    ):
         mean, _ = model.encoder(x)
         places = ((mean[0] - latents.mean) / latents.stddev).tolist()
         moves = torch.linspace(-3, 3, steps, device=mean.device)
@@ -160,13 +169,14 @@ class Drawing(NamedTuple):
 
 @contextmanager
 def drawing(
-    settings: Settings, usual_name: str, pictures: Sequence[Path] = ()
+    settings: Settings, usual_name: str, pictures: Sequence[Path] = (), included: str = "petals"
 ) -> Iterator[Drawing]:
     """Open the file that a command writes, with the model and its pictures; name it at the end.
 
-    Random numbers inside the block are the command's own.
+    ``included`` is the model that draws where nobody has trained or named another one. Random
+    numbers inside the block are the command's own.
     """
-    checkpoint = settings.checkpoint or find_checkpoint(settings.log_dir)
+    checkpoint = find_checkpoint(settings, included)
     output = find_output(settings.output, usual_name, [checkpoint, *pictures])
     device = find_device(settings.device)
     with own_random():
@@ -180,17 +190,31 @@ def drawing(
         with replace_atomically(output) as file, torch.inference_mode():
             yield Drawing(file, model, latents, images)
     print(output)
-    if not settings.checkpoint:
-        dataset = options.get("dataset")
-        print(f"drawn by the model in {checkpoint} ({dataset})", file=sys.stderr)
+    dataset = options.get("dataset")
+    print(f"drawn by the model in {checkpoint} ({dataset})", file=sys.stderr)
 
 
-def find_checkpoint(log_dir: Path) -> Path:
-    """Return the checkpoint that was written last in ``log_dir``, else the repository's own."""
-    found = list(log_dir.glob("*/checkpoint.pt"))
+def find_checkpoint(settings: Settings, included: str) -> Path:
+    """Return the checkpoint that is named, else the newest run's, else that of a model included.
+
+    ``UserError`` if there is none of that name, or no run that has ended in a ``--log-dir`` of the
+    reader's own.
+    """
+    name, log_dir = settings.checkpoint, settings.log_dir
+    if name in INCLUDED:
+        return INCLUDED[name]
+    if name:
+        found = [Path(name), run_to_resume(log_dir, name) / "checkpoint.pt"]
+        for path in found:
+            if path.is_file():
+                return path
+        given = f"--checkpoint is {name}: no file, no run in {log_dir}"
+        raise UserError(f"{given}, and none of {', '.join(INCLUDED)}")
+    ended = [path.with_name("checkpoint.pt") for path in log_dir.rglob("metrics.json")]
+    found = [path for path in ended if path.is_file()]
     if not found and log_dir.absolute() != RUNS.absolute():
-        raise UserError(f"{log_dir} has no checkpoint.pt of a run: train one, or give --checkpoint")
-    return max(found, key=lambda path: path.stat().st_mtime, default=TRAINED)
+        raise UserError(f"{log_dir} has no run that has ended: train one, or give --checkpoint")
+    return max(found, key=lambda path: path.stat().st_mtime, default=INCLUDED[included])
 
 
 def find_output(given: Path | None, usual_name: str, inputs: Sequence[Path]) -> Path:
@@ -333,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             {f.__name__: f for f in (similar, sample, interpolate, traverse, explore)},
             prog="vae_inference.py",
             description=__doc__,
-            args=arguments,
+            args=with_home(arguments),
             config=(OmitArgPrefixes, PositionalRequiredArgs),
         )
 

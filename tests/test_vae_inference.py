@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import seeded, write_checkpoint, write_photograph
+from helpers import ROOT, seeded, write_checkpoint, write_photograph
 from PIL import Image
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -66,6 +66,11 @@ def folder(tmp_path, monkeypatch) -> Path:
 def command(line: str, checkpoint: str | Path) -> None:
     """Do what a command line says, with this model."""
     main([*line.split(), "--checkpoint", str(checkpoint)])
+
+
+def drawn_by(checkpoint: str | Path) -> str:
+    """Return the line that says which model has drawn."""
+    return f"drawn by the model in {checkpoint} (auto)\n"
 
 
 @pytest.fixture
@@ -133,12 +138,14 @@ def assert_drawn_from(pictures: np.ndarray, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_each_command_writes_one_file_and_prints_its_path(folder, checkpoint, capsys, line):
+def test_each_command_writes_one_file_and_prints_its_path_and_its_model(
+    folder, checkpoint, capsys, line
+):
     before = set(folder.iterdir())
     command(line, checkpoint)
     name = f"{line.split()[0]}.{'html' if line == 'explore' else 'png'}"
     assert set(folder.iterdir()) - before == {folder / name}
-    assert capsys.readouterr() == (f"{name}\n", "")
+    assert capsys.readouterr() == (f"{name}\n", drawn_by(checkpoint))
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -355,16 +362,46 @@ def test_a_label_stands_to_the_left_of_the_middle_of_its_row(row):
 # Which model draws
 
 
-def test_the_newest_run_is_the_default_and_is_named(folder, capsys):
-    for age, name in enumerate(("new", "old", "older")):
-        path = write_small(f"runs/{name}/checkpoint.pt", seed=age)
-        os.utime(path, (1e9 - age, 1e9 - age))
-    Path("runs", "empty").mkdir()
-    newest = Path("runs", "new", "checkpoint.pt")
+def write_run(name: str, age: int = 0, ended: bool = True) -> Path:
+    """Write the checkpoint of a run in ``runs`` that was saved so many seconds ago."""
+    path = write_small(f"runs/{name}/checkpoint.pt", seed=age, fitted=ended)
+    os.utime(path, (1e9 - age, 1e9 - age))
+    if ended:
+        path.with_name("metrics.json").write_text("{}")
+    return path
+
+
+def test_the_newest_run_that_has_ended_is_the_default(folder, capsys):
+    write_run("old", age=3)
+    newest = write_run("a folder of/new", age=2)
+    write_run("unfinished", age=1, ended=False)
     main([*SAMPLE.split(), "--log-dir", "runs", "--output", "default.png"])
-    assert capsys.readouterr() == ("default.png\n", f"drawn by the model in {newest} (auto)\n")
+    assert capsys.readouterr() == ("default.png\n", drawn_by(newest))
     command(SAMPLE, newest)
     assert Path("default.png").read_bytes() == Path("sample.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a/new", "runs/a/new", "runs/a/new/checkpoint.pt"])
+def test_a_model_is_named_by_its_run_its_folder_or_its_file(folder, capsys, name):
+    path = write_run("a/new")
+    write_run("newer", age=-1)
+    main([*SAMPLE.split(), "--log-dir", "runs", "--checkpoint", name])
+    assert capsys.readouterr().err == drawn_by(path)
+
+
+@pytest.mark.parametrize(("name", "file"), [("petals", "petals.pt"), ("ten", "trained.pt")])
+def test_the_models_that_come_with_the_repository_have_names(folder, capsys, name, file):
+    command("sample --count 1", name)
+    path = ROOT / "results" / file
+    assert capsys.readouterr().err == f"drawn by the model in {path} (flowers102)\n"
+
+
+def test_a_home_folder_is_found_behind_an_equals_sign(folder, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    path = write_run("a")
+    main([*SAMPLE.split(), "--log-dir=~/runs"])
+    assert capsys.readouterr().err == drawn_by(folder / path)
 
 
 def test_by_default_runs_are_looked_for_where_training_writes_them():
@@ -379,28 +416,36 @@ def usual(folder, monkeypatch) -> Path:
     return folder / "usual"
 
 
-def test_without_a_run_the_model_that_comes_with_the_repository_draws(usual, capsys):
-    main([*SAMPLE.split(), "--log-dir", "usual"])
-    trained = Path(vae_inference.__file__).parent / "results" / "trained.pt"
-    assert capsys.readouterr().err == f"drawn by the model in {trained} (flowers102)\n"
+@pytest.mark.parametrize(
+    ("line", "file"),
+    [(SAMPLE, "petals.pt"), ("similar a.png", "petals.pt"), ("traverse a.png", "trained.pt")],
+)
+def test_without_a_run_a_model_that_comes_with_the_repository_draws(usual, capsys, line, file):
+    main([*line.split(), "--log-dir", "usual"])
+    path = ROOT / "results" / file
+    assert capsys.readouterr().err == f"drawn by the model in {path} (flowers102)\n"
 
 
 def test_the_first_run_takes_the_place_of_the_model_that_comes_with_the_repository(usual, capsys):
-    write_small("usual/a/checkpoint.pt")
+    path = write_run("a")
+    Path("runs").rename("usual")
     main([*SAMPLE.split(), "--log-dir", "usual"])
-    assert capsys.readouterr().err == "drawn by the model in usual/a/checkpoint.pt (auto)\n"
+    assert capsys.readouterr().err == drawn_by("usual" / path.relative_to("runs"))
 
 
-def test_another_folder_without_a_run_is_refused(usual, capsys):
-    line = fails("sample --log-dir nowhere", capsys)
-    assert "nowhere has no checkpoint.pt of a run: train one, or give --checkpoint" in line
+@pytest.mark.parametrize("name", ["nowhere", "runs"])
+def test_another_folder_without_a_run_that_has_ended_is_refused(folder, capsys, name):
+    write_run("unfinished", ended=False)
+    line = fails(f"sample --log-dir {name}", capsys)
+    assert f"{name} has no run that has ended: train one, or give --checkpoint" in line
 
 
 def test_of_a_run_that_has_not_ended_the_prior_stands_in_with_a_warning(draw, capsys):
     path = write_small("run.pt", fitted=False)
     pixels = draw(SAMPLE, path)
     warning = capsys.readouterr().err
-    assert warning == "warning: its run has not ended: drawn from the prior, so worse\n"
+    said = "warning: its run has not ended: drawn from the prior, so worse\n"
+    assert warning == said + drawn_by(path)
     assert np.array_equal(pixels, draw(f"{SAMPLE} --from prior", path))
 
 
@@ -425,7 +470,7 @@ def fails(line: str, capsys, status: int = 2) -> str:
     ("line", "message"),
     [
         ("similar a.png broken.png", "broken.png cannot be read as a picture"),
-        ("sample --checkpoint none.pt", "none.pt is not a file: a checkpoint.pt of a run is ne"),
+        ("sample --checkpoint none", "none: no file, no run in "),
         ("sample --count 1001", "--count is 1001: 1 to 1000 is needed"),
         ("similar a.png --spread nan", "--spread is nan: 0 to 1 is needed"),
         ("interpolate a.png b.jpg --steps 1", "--steps is 1: 2 to 100 is needed"),

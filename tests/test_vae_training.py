@@ -392,7 +392,7 @@ def test_help_shows_every_option_with_its_purpose_and_default(capsys):
 
 
 def test_without_options_a_command_is_the_posts_experiment_in_a_new_folder_of_the_repository():
-    expected = Command(Options(), preset="post", log_dir=ROOT / "vae" / "runs")
+    expected = Command(preset="post", log_dir=ROOT / "vae" / "runs", experiment=Options())
     assert vae_training.read_command_line([]) == expected
     assert (expected.run_name, expected.resume) == ("", "")
 

@@ -1,13 +1,14 @@
 """What the scripts' command lines share: errors in one line, what options may be, which folder."""
 
 import builtins
+import io
 import math
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
@@ -26,7 +27,11 @@ def one_line_errors() -> Iterator[None]:
 
     2 for a ``UserError``, 1 for what broke on the way (``OSError``, too little memory, a loss that
     is not finite), 130 for Ctrl-C. Everything else keeps its traceback.
+
+    A letter of a name that the console cannot show is printed as its number, and ends nothing.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr has it by itself
     try:
         yield
         return
@@ -61,6 +66,19 @@ def command_line(*arguments: str) -> str:
     """Return this script's command with other arguments, as it works where it is printed."""
     program = "%run" if getattr(builtins, "__IPYTHON__", False) else sys.executable
     return quote([program, sys.argv[0], *arguments])
+
+
+def with_home(arguments: Sequence[str] | None) -> list[str]:
+    """Return the command line, or else the program's own, with ``~`` as the home folder.
+
+    The shell itself does that for ``--log-dir ~/runs``, but not for ``--log-dir=~/runs``.
+    """
+    words = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        name, equals, value = word.partition("=")
+        is_option = name.startswith("--") and equals
+        words.append(f"{name}={os.path.expanduser(value)}" if is_option else word)
+    return words
 
 
 def quote(words: list[str]) -> str:

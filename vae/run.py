@@ -41,6 +41,8 @@ from vae.checkpoint import (
 
 # What may change when a run goes on: where it is computed, and how often it is saved.
 FREE = {"data_root", "device", "checkpoint_every"}
+# The pictures may have been moved, too: whether they are the same is looked at in any case.
+FREE_ON_RESUME = FREE | {"dataset"}
 
 
 class Stopped(KeyboardInterrupt):
@@ -332,7 +334,7 @@ def checksum(splits: Sequence[InMemory]) -> int:
 
 def check_same_experiment(before: Any, now: Any) -> None:
     """Raise ``UserError`` unless options go on with the run that had those ``before``."""
-    may_change = set(FREE)
+    may_change = set(FREE_ON_RESUME)
     schedules = (getattr(now, name, "constant") for name in ("beta_schedule", "lr_schedule"))
     if all(schedule == "constant" for schedule in schedules) and now.epochs >= before.epochs:
         may_change.add("epochs")

@@ -1,5 +1,6 @@
 import builtins
 import errno
+import io
 import os
 import shlex
 import sys
@@ -24,6 +25,7 @@ from vae.command_line import (
     one_line_errors,
     quote,
     run_to_resume,
+    with_home,
 )
 from vae.run import Stopped
 
@@ -70,6 +72,30 @@ def test_too_little_memory_on_the_cpu_becomes_one_line(capsys):
 def test_a_mistake_in_the_code_keeps_its_traceback(error):
     with pytest.raises(error), one_line_errors():
         raise error("a mistake")
+
+
+def test_a_console_without_a_letter_shows_its_number(monkeypatch):
+    file = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii", write_through=True))
+        with one_line_errors():
+            print("runs/beta-\N{GREEK SMALL LETTER BETA}")
+        assert file.getvalue().split() == [rb"runs/beta-\u03b2"]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--log-dir=~/runs", "--log-dir={home}/runs"),
+        ("--log-dir=a~b", "--log-dir=a~b"),
+        ("--run-name=a=~", "--run-name=a=~"),
+        ("~/a.png", "~/a.png"),  # which the shell has replaced, unless it was in quotes
+    ],
+)
+def test_the_home_folder_is_found_behind_an_equals_sign(word, expected, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, "/home/me")
+    assert with_home([word]) == [expected.format(home="/home/me")]
 
 
 def test_a_program_that_ends_well_says_nothing(capsys):

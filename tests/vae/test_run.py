@@ -24,6 +24,7 @@ from helpers import (
     read_losses,
     tensors_in,
     train_small,
+    write_photograph,
 )
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -570,6 +571,20 @@ def test_a_run_may_go_on_elsewhere_and_be_saved_at_other_times(finished, tmp_pat
     assert train_small(finished, True, epochs=5, **elsewhere)["epochs"] == 5
     path = finished / "checkpoint.pt"
     assert vars(saved_options(Options, load_checkpoint(path), path)).items() >= elsewhere.items()
+
+
+def test_a_run_goes_on_when_its_pictures_have_moved(folder, tmp_path):
+    for seed in range(60):
+        write_photograph(tmp_path / "here" / f"{seed}.png", seed=seed)
+    train_small(folder, dataset=str(tmp_path / "here"))
+    there = (tmp_path / "here").rename(tmp_path / "there")
+    metrics = train_small(folder, True, dataset=str(there), epochs=4)
+    assert (metrics["epochs"], metrics["dataset"]) == (4, str(there))
+
+
+def test_other_pictures_under_another_name_are_refused(finished):
+    with pytest.raises(UserError, match="pictures were added, removed or changed since"):
+        train_small(finished, True, dataset="synthetic", epochs=4)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
