@@ -154,10 +154,12 @@ def means(runs: list[Metrics]) -> dict[str, float]:
     return {name: float(np.mean([seed[name] for seed in seeds])) for name in seeds[0]}
 
 
-def deviations(runs: list[Metrics]) -> dict[str, float]:
-    """Return each column's standard deviation over the seeds of a setting."""
-    seeds = [columns(metrics) for metrics in runs]
-    return {name: float(np.std([seed[name] for seed in seeds], ddof=1)) for name in seeds[0]}
+def with_deviation(values: Sequence[float], digits: int = 1) -> str:
+    """Return the mean and the standard deviation over the seeds, which one seed has not."""
+    text = f"{np.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+    return text
 
 
 def table(results: Results) -> str:
@@ -172,9 +174,8 @@ def table(results: Results) -> str:
         f"| --- |{' ---: |' * len(names)}",
     ]
     for setting, runs in results.items():
-        mean = means(runs)
-        deviation = deviations(runs)
-        cells = [f"{mean[name]:.1f} ± {deviation[name]:.1f}" for name in names]
+        seeds = [columns(metrics) for metrics in runs]
+        cells = [with_deviation([seed[name] for seed in seeds]) for name in names]
         lines.append(f"| {setting} | {' | '.join(cells)} |")
 
     pca = first_run["pca"]
