@@ -1,8 +1,8 @@
 """Are new flowers copies of training photographs? ``python -m benchmarks.copies``.
 
 Holds 1,000 pictures that a model draws against the photographs that it learnt from, and asks
-whether they lie nearer to them than photographs do which it has never seen. Prints a table and draws
-a figure of distances, without photographs.
+whether they lie nearer to them than photographs do which it has never seen. Prints a table and
+draws a figure of distances, without photographs.
 """
 
 import math

@@ -18,7 +18,9 @@ from matplotlib.image import imread
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torchvision.datasets import Flowers102
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
+from torchvision.utils import make_grid
 
 from benchmarks.practical_aspects import Metrics, Results, run_folder, train_all, with_deviation
 from datasets import find_dataset
@@ -30,7 +32,7 @@ from vae.evaluation import PCA, evaluate, precision_and_recall
 from vae.losses import ELBOLoss
 from vae.run import own_random
 from vae.vae import VAE
-from vae_training import BEST, DATASETS, PETALS
+from vae_training import BEST, DATASETS, PETALS, Options
 
 SIZES = (2, 5, 10, 20, 32, 64, 128)  # latent dimensions
 
@@ -43,6 +45,16 @@ LARGE = {
     "64x64, 64 numbers": FLOWERS,
     "64x64, 64 numbers, beta 0.4": replace(FLOWERS, beta=0.4),
 }
+
+# The post's setting, for the figure of reconstructions.
+POST = {"the post": replace(Options(), dataset="flowers102")}
+# The rows of that figure: a preset, its run here, and what it is.
+PRESETS = (
+    ("the post", "the post", "10 numbers, 32x32"),
+    ("best", "10 numbers", "10 numbers, 32x32"),
+    ("petals", "64x64, 64 numbers", "64 numbers, 64x64"),
+)
+SHOWN = 12  # test photographs whose reconstructions it shows, from all over the split
 
 COMPARED = 32  # pixels on each side of the pictures that precision and recall are measured on
 
@@ -208,6 +220,25 @@ def plot(results: Results, log_dir: Path, path: Path) -> None:
     pyplot.close(figure)
 
 
+@torch.no_grad()
+def plot_reconstructions(checkpoints: dict[str, Path], data_root: Path, path: Path) -> None:
+    """Draw a row of reconstructions of the same test photographs by each model; no photographs."""
+    figure, axes = pyplot.subplots(
+        len(checkpoints), squeeze=False, figsize=(11, 1.12 * len(checkpoints)), layout="constrained"
+    )
+    for axis, (name, checkpoint) in zip(axes[:, 0], checkpoints.items(), strict=True):
+        model = load_model(checkpoint).model
+        test = flowers("test", model.image_resolution, data_root)
+        mean, _ = model.encoder(test.images(torch.linspace(0, len(test) - 1, SHOWN).long()))
+        large = resize(model.decoder(mean), [128, 128], InterpolationMode.BICUBIC).clamp(0, 1)
+        axis.imshow(make_grid(large, nrow=SHOWN, padding=4, pad_value=1).movedim(0, -1).numpy())
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 def main(
     seeds: int = 3,  # runs of each row of the first table
     data_root: Path = BEST.data_root,  # folder of flowers-102, downloaded to it if missing
@@ -219,10 +250,14 @@ def main(
     find_dataset("flowers102", data_root, DATASETS)  # downloads it once, before all run at once
     with ProcessPoolExecutor() as pool:
         small = train_all(SMALL, seeds, data_root, log_dir, pool)
+        train_all(POST, 1, data_root, log_dir, pool)
         large = train_all(LARGE, 1, data_root, log_dir, pool)
         print(table(small), "", sep="\n")
         print(trials_table(small | large, log_dir, data_root, pool))
     plot(small, log_dir, output / "latent_size.png")
+    rows = {f"{name}\n({setting})": run_folder(log_dir, run, 0) for name, run, setting in PRESETS}
+    checkpoints = {name: folder / "checkpoint.pt" for name, folder in rows.items()}
+    plot_reconstructions(checkpoints, data_root, output / "reconstructed.png")
 
 
 if __name__ == "__main__":
