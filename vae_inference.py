@@ -24,15 +24,13 @@ from tyro.conf import OmitArgPrefixes, Positional, PositionalRequiredArgs, arg
 from datasets.errors import UserError
 from datasets.preprocessing import image_pipeline, read_picture
 from vae.checkpoint import load_model, replace_atomically
-from vae.command_line import check, one_line_errors, run_to_resume, with_home
+from vae.command_line import INCLUDED, check, find_checkpoint, one_line_errors, with_home
 from vae.latent import main_directions, near, prior, variation_per_dimension
 from vae.run import find_device, own_random
 from vae.vae import VAE
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "vae" / "runs"
-# The models that come with the repository, by the names that --checkpoint has for them.
-INCLUDED = {"petals": ROOT / "results" / "petals.pt", "ten": ROOT / "results" / "trained.pt"}
 SIGNATURE = "vae_inference.py"  # stands in every file that is written here
 
 SLIDERS = 10  # at most, on the page that explore writes
@@ -176,7 +174,10 @@ def drawing(
     ``included`` is the model that draws where nobody has trained or named another one. Random
     numbers inside the block are the command's own.
     """
-    checkpoint = find_checkpoint(settings, included)
+    if settings.checkpoint:
+        checkpoint = find_checkpoint("--checkpoint", settings.checkpoint, settings.log_dir)
+    else:
+        checkpoint = newest_run(settings.log_dir) or INCLUDED[included]
     output = find_output(settings.output, usual_name, [checkpoint, *pictures])
     device = find_device(settings.device)
     with own_random():
@@ -194,27 +195,16 @@ def drawing(
     print(f"drawn by the model in {checkpoint} ({dataset})", file=sys.stderr)
 
 
-def find_checkpoint(settings: Settings, included: str) -> Path:
-    """Return the checkpoint that is named, else the newest run's, else that of a model included.
+def newest_run(log_dir: Path) -> Path | None:
+    """Return the checkpoint of the run in ``log_dir`` that has ended last.
 
-    ``UserError`` if there is none of that name, or no run that has ended in a ``--log-dir`` of the
-    reader's own.
+    None where there is none; ``UserError`` for that in a ``--log-dir`` of the reader's own.
     """
-    name, log_dir = settings.checkpoint, settings.log_dir
-    if name in INCLUDED:
-        return INCLUDED[name]
-    if name:
-        found = [Path(name), run_to_resume(log_dir, name) / "checkpoint.pt"]
-        for path in found:
-            if path.is_file():
-                return path
-        given = f"--checkpoint is {name}: no file, no run in {log_dir}"
-        raise UserError(f"{given}, and none of {', '.join(INCLUDED)}")
     ended = [path.with_name("checkpoint.pt") for path in log_dir.rglob("metrics.json")]
     found = [path for path in ended if path.is_file()]
     if not found and log_dir.absolute() != RUNS.absolute():
         raise UserError(f"{log_dir} has no run that has ended: train one, or give --checkpoint")
-    return max(found, key=lambda path: path.stat().st_mtime, default=INCLUDED[included])
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def find_output(given: Path | None, usual_name: str, inputs: Sequence[Path]) -> Path:

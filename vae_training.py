@@ -21,10 +21,11 @@ from datasets.errors import UserError
 from datasets.memory import InMemory
 from datasets.preprocessing import augment, image_pipeline
 from datasets.synthetic import SyntheticFlowers
-from vae.checkpoint import load_checkpoint, saved_options
+from vae.checkpoint import load_checkpoint, load_weights, saved_options
 from vae.command_line import (
     check,
     check_choices,
+    find_checkpoint,
     new_folder,
     one_line_errors,
     run_to_resume,
@@ -72,6 +73,9 @@ class Options:
     batch_size: int = 64  # pictures in a batch
     learning_rate: float = 0.0001  # of Adam
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine: it falls to 0
+    # begin with the weights of another model of the same architecture: petals, ten, a run's name or
+    # folder, or a file
+    start_from: Path | None = None
     seed: int = 0  # of weights, order and noise: a run repeats exactly
     device: str = "auto"  # cpu, cuda, cuda:1, mps or xpu; auto: an accelerator, if there is one
     checkpoint_every: int = 10  # epochs between two checkpoints
@@ -155,7 +159,10 @@ def train(
             "image_channels": picture.shape[0],  # 3 for RGB
             "batch_norm": options.batch_norm,
         }
-        model = VAE(**architecture).to(run.device)
+        model = VAE(**architecture)
+        if options.start_from and not resume:
+            load_weights(model, architecture, options.start_from)
+        model.to(run.device)
         # Another order in memory, in which convolutions are faster; shapes stay as they are. (Leave
         # it out for what sees all weights as one vector, such as LBFGS)
         model.to(memory_format=torch.channels_last)
@@ -299,6 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         command = read_command_line(arguments)
         options = command.experiment
+        if options.start_from and not command.resume:
+            path = find_checkpoint("--start-from", str(options.start_from), command.log_dir)
+            options = replace(options, start_from=path)
         # Each of the three gives the run's folder; one that new_folder has made goes again if
         # nothing is written to it
         folder_context: AbstractContextManager[Path]

@@ -19,11 +19,10 @@ from torchvision.transforms.functional import resize
 from datasets.memory import InMemory
 from datasets.preprocessing import image_pipeline
 from vae.checkpoint import load_model
-from vae.command_line import one_line_errors
+from vae.command_line import INCLUDED, one_line_errors
 from vae.evaluation import PCA, spread_out
 from vae.run import own_random
 from vae.vae import VAE
-from vae_inference import INCLUDED
 from vae_training import BEST
 
 COUNT = 1000  # pictures of each kind

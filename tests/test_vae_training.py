@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +292,53 @@ def test_crop_takes_the_middle_and_the_post_squeezes(train_own, tmp_path, crop, 
     train_own(pixels, crop=crop)
     (_, png) = read_events(tmp_path / "run")["."]["originals"][0]
     assert tiles(np.asarray(Image.open(io.BytesIO(png)))).mean() / 255 == pytest.approx(mean, 0.06)
+
+
+# Where a run starts from.
+
+
+def test_a_run_may_start_from_another_ones_weights(tmp_path):
+    train_small(tmp_path / "first", epochs=30, learning_rate=1e-2)
+    first, *_ = load_model(tmp_path / "first" / "checkpoint.pt")
+    barely_trained = {"epochs": 1, "learning_rate": 1e-12}
+    train_small(tmp_path / "new", **barely_trained)
+    path = tmp_path / "first" / "checkpoint.pt"
+    train_small(tmp_path / "from first", start_from=path, seed=1, **barely_trained)
+    new, *_ = load_model(tmp_path / "new" / "checkpoint.pt")
+    again, *_ = load_model(tmp_path / "from first" / "checkpoint.pt")
+    for weight, other in zip(again.parameters(), first.parameters(), strict=True):
+        assert torch.allclose(weight, other, atol=1e-9)
+    weights = zip(new.parameters(), first.parameters(), strict=True)
+    assert not all(torch.allclose(weight, other, atol=1e-4) for weight, other in weights)
+
+
+def test_a_run_with_a_start_resumes_from_its_own_checkpoint_without_it(tmp_path):
+    train_small(tmp_path / "first")
+    start = shutil.copytree(tmp_path / "first", tmp_path / "start") / "checkpoint.pt"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train_small(whole, start_from=start)
+    with interruption(signal.SIGINT), pytest.raises(Stopped):
+        train_small(stopped, start_from=start)
+    start.unlink()
+    train_small(stopped, True, start_from=start)
+    assert_same_run(whole, stopped)
+
+
+@pytest.mark.parametrize("name", ["first", "{runs}/first", "{runs}/first/checkpoint.pt"])
+def test_a_start_is_named_by_its_run_its_folder_or_its_file(command, tmp_path, name):
+    main([*command, "--run-name=first"])
+    main([*command, "--run-name=second", f"--start-from={name.format(runs=tmp_path / 'runs')}"])
+    path = tmp_path / "runs" / "first" / "checkpoint.pt"
+    assert options_of(tmp_path / "runs" / "second")["start_from"] == path
+
+
+def test_a_start_of_another_architecture_or_none_is_told_in_one_line(command, tmp_path, capsys):
+    for name, message in (("ten", "latent_size is 10 there and 2 here"), ("none", "no run in")):
+        with pytest.raises(SystemExit):
+            main([*command, f"--start-from={name}"])
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "runs" / "run" / "checkpoint.pt").exists()
 
 
 # The options.

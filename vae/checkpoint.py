@@ -176,6 +176,28 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> TrainedModel:
     return TrainedModel(model.to(device).eval(), checkpoint["options"], latents)
 
 
+def load_weights(model: VAE, architecture: dict[str, Any], path: Path) -> None:
+    """Give a model of this architecture the weights that a checkpoint holds.
+
+    ``UserError`` if they are of another architecture, and as in ``load_checkpoint``.
+    """
+    checkpoint = load_checkpoint(path)
+    its = checkpoint["architecture"]
+    names = [*architecture, *(name for name in its if name not in architecture)]
+    differences = [
+        f"{name} is {its.get(name)} there and {architecture.get(name)} here"
+        for name in names
+        if its.get(name) != architecture.get(name)
+    ]
+    if differences:
+        needed = "a model of the same architecture is needed to start from"
+        raise UserError(f"{path}: {needed}, but {', '.join(differences)}")
+    with made_by_this_code(path):
+        model.load_state_dict(checkpoint["state"]["model"])
+        if not all_finite(model):
+            raise ValueError("its weights are not finite")
+
+
 def check_sizes(architecture: dict[str, Any], weights: Any) -> None:
     """Raise ``RuntimeError`` if a model of this architecture has weights of other shapes.
 

@@ -20,6 +20,10 @@ import torch
 from datasets.errors import UserError
 from vae.run import Stopped
 
+# The models that come with the repository, by their names on command lines.
+RESULTS = Path(__file__).parents[1] / "results"
+INCLUDED = {"petals": RESULTS / "petals.pt", "ten": RESULTS / "trained.pt"}
+
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
@@ -111,6 +115,21 @@ def run_to_resume(log_dir: Path, name: str) -> Path:
     if anywhere.is_dir() and not in_log_dir.is_dir():
         return anywhere
     return in_log_dir
+
+
+def find_checkpoint(option: str, name: str, log_dir: Path) -> Path:
+    """Return the file of a model that an option names.
+
+    The name is one in ``INCLUDED``, a checkpoint's file, or a run's folder or name in ``log_dir``;
+    ``UserError`` if it is none of them.
+    """
+    if name in INCLUDED:
+        return INCLUDED[name]
+    for path in (Path(name), run_to_resume(log_dir, name) / "checkpoint.pt"):
+        if path.is_file():
+            return path
+    known = ", ".join(INCLUDED)
+    raise UserError(f"{option} is {name}: no file, no run in {log_dir}, and none of {known}")
 
 
 @contextmanager

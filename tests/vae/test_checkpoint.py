@@ -1,3 +1,5 @@
+import copy
+import math
 import os
 import pickle
 import random
@@ -20,6 +22,7 @@ from vae.checkpoint import (
     load_checkpoint,
     load_model,
     load_state_dicts,
+    load_weights,
     replace_atomically,
     save_checkpoint,
     saved_options,
@@ -268,6 +271,39 @@ def test_a_model_is_rebuilt_ready_for_inference(tmp_path, size, latent_size, cha
     saved = load_checkpoint(path)["latents"]
     assert torch.equal(latents.mean, saved["mean"])
     assert torch.equal(latents.covariance_matrix, saved["covariance"])
+
+
+SMALL_VAE = {"image_resolution": (8, 8), "latent_size": 2, "image_channels": 3, "batch_norm": False}
+
+
+def test_a_model_takes_the_weights_of_another_of_the_same_architecture(path):
+    model = VAE(**SMALL_VAE)
+    load_weights(model, SMALL_VAE, path)
+    assert_same_tensors(model.state_dict(), load_model(path).model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"latent_size": 3}, "latent_size is 2 there and 3 here"),
+        ({"image_resolution": (16, 8)}, r"image_resolution is \(8, 8\) there and \(16, 8\) here"),
+        ({"activation": "gelu"}, "activation is None there and gelu here"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused_with_the_difference(path, changes, difference):
+    model = VAE(**SMALL_VAE)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=rf"same architecture.*, but {difference}$"):
+        load_weights(model, SMALL_VAE | changes, path)
+    assert_same_tensors(model.state_dict(), before)
+
+
+def test_weights_that_are_not_finite_are_no_start(path):
+    edit_checkpoint(
+        path, lambda checkpoint: checkpoint["state"]["model"]["encoder.fcm.bias"].fill_(math.nan)
+    )
+    with pytest.raises(UserError, match="weights are not finite"):
+        load_weights(VAE(**SMALL_VAE), SMALL_VAE, path)
 
 
 def test_before_a_runs_end_a_checkpoint_has_no_latents(path):
