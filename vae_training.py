@@ -11,7 +11,6 @@ import torch
 import tyro
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import DTD, Flowers102
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -31,9 +30,12 @@ from vae.command_line import (
     run_to_resume,
     with_home,
 )
+from vae.history import HistoryWriter
 from vae.losses import ELBOLoss, annealed_beta
-from vae.report import Splits, opening_text, summary_text, write_report, write_validation
+from vae.page import keep_moment, page_at_an_early_end
+from vae.report import Splits, opening_text, write_report, write_validation
 from vae.run import Run
+from vae.summary import summary_text
 from vae.vae import VAE
 
 ROOT = Path(__file__).parent
@@ -179,9 +181,13 @@ def train(
         if progress:
             print(opening_text(run, model, splits, first_epoch))
 
-        # Main training loop, with a writer of what TensorBoard shows
+        # Main training loop, with a SummaryWriter for TensorBoard that also keeps the curves for
+        # report.html
         batch_num = first_epoch * len(train_dataloader)
-        with SummaryWriter(folder) as writer:
+        with (
+            HistoryWriter(folder, run.history) as writer,
+            page_at_an_early_end(run, model, splits),
+        ):
             for epoch in tqdm(
                 range(first_epoch, num_epochs),
                 initial=first_epoch,
@@ -252,6 +258,7 @@ def train(
                 loss.beta = options.beta
                 if (epoch + 1) % VALIDATE_EVERY == 0:
                     write_validation(writer, model, loss, splits, epoch)
+                keep_moment(run, model, splits, epoch)
                 # Saves every --checkpoint-every epochs and after the last; after Ctrl-C it saves
                 # and stops
                 run.end_epoch(epoch)

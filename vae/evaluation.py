@@ -184,6 +184,24 @@ def spread_out(features: Tensor, count: int) -> Tensor:
     return features[torch.arange(count) * len(features) // count]
 
 
+def evaluate_real(train: Batches, test: Batches, features: PCA) -> dict[str, dict[str, float]]:
+    """Measure what models are held against: pictures that are no model's.
+
+    ``mean_picture`` has the ``squared_error`` of the mean training image, per test image, ``real``
+    the ``frechet`` distance of the training images to the test images: what a perfect model has.
+    """
+    images, total = 0, torch.zeros(())
+    for x in train():
+        images += len(x)
+        total = total + x.double().sum(dim=0)
+    errors = [torch.square(x - total / images).flatten(1).sum(dim=1) for x in test()]
+    distance = frechet_distance(features.encode(train()), features.encode(test()))
+    return {
+        "mean_picture": {"squared_error": torch.cat(errors).mean().item()},
+        "real": {"frechet": distance},
+    }
+
+
 def evaluate_pca(train: Batches, test: Batches, components: int, features: PCA) -> dict[str, Any]:
     """Measure PCA with as many components as a latent has dimensions.
 

@@ -16,11 +16,12 @@ from torchvision.utils import make_grid, save_image
 
 from datasets.memory import InMemory
 from vae.checkpoint import as_plain, replace_atomically
-from vae.command_line import quote
-from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_samples
+from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_real, evaluate_samples
 from vae.latent import fit_latents
 from vae.losses import ELBOLoss
+from vae.page import write_page
 from vae.run import FREE, Run
+from vae.summary import advice
 from vae.vae import VAE
 
 
@@ -114,6 +115,8 @@ def write_report(
         run.check_loss(run.epochs_done - 1, metrics[split]["total_loss"])
     latents = fit_latents(model, train.batches())
     metrics |= measure_samples(model, latents, train, test)
+    metrics["test_pictures"] = len(test)
+    metrics["advice"] = advice(metrics, run.history)
     content = json.dumps(metrics, indent=2, default=str)
     with replace_atomically(run.folder / "metrics.json") as file:
         file.write(content.encode())
@@ -123,6 +126,7 @@ def write_report(
     # The last thing: a checkpoint that has latents is that of a run which has ended.
     covariance = latents.covariance_matrix.cpu()
     run.save(latents={"mean": latents.mean.cpu(), "covariance": covariance})
+    write_page(run, model, splits, metrics)
     return json.loads(content)  # as everybody reads them: a list in place of each tuple
 
 
@@ -140,7 +144,8 @@ def measure_samples(
     features = PCA(test.batches, 64)
     samples = evaluate_samples(model, latents, test.batches, features)
     pca = evaluate_pca(train.batches, test.batches, model.latent_size, features)
-    return {"samples": samples, "pca": pca}
+    real = evaluate_real(train.batches, test.batches, features)
+    return {"samples": samples, "pca": pca, **real}
 
 
 def describe(run: Run, model: VAE) -> dict[str, Any]:
@@ -204,38 +209,3 @@ def species_names(labels: list[Any], classes: Any) -> list[str]:
     if classes is not None and all(is_place(label) for label in labels):
         labels = [classes[label] for label in labels]
     return [str(label) for label in labels]
-
-
-def summary_text(metrics: dict[str, Any], folder: Path) -> str:
-    """Return what a run prints at its end: how good the model is, and where to look."""
-    test, pca, frechet = metrics["test"], metrics["pca"], metrics["samples"]["frechet"]
-    better = pca["squared_error"] - test["squared_error"]
-    return (
-        f"Test pictures of {metrics['dataset']}: squared error {test['squared_error']:.1f} per "
-        f"image ({test['squared_error_mean']:.1f} through the mean), "
-        f"KL {test['kl']:.1f} nats, {test['active_units']} active latent dimensions.\n"
-        f"PCA with {pca['components']} components: {pca['squared_error']:.1f}; the model is "
-        f"{abs(better):.1f} {'better' if better > 0 else 'worse'}.\n"
-        f"Fréchet distance of new pictures to the test pictures (lower is better): drawn from the "
-        f"fitted latents {frechet['fitted']:.1f}, from the prior {frechet['prior']:.1f}; "
-        f"reconstructions have {frechet['reconstructions']:.1f}, pictures drawn with PCA "
-        f"{pca['frechet']['samples']:.1f}.\n"
-        f"{precision_text(metrics)}"
-        f"{metrics['epochs']} epochs in {metrics['seconds']:.0f} s. Pictures, metrics and the "
-        f"model are in {folder}\n"
-        f"Look at the run with: {quote(['tensorboard', '--logdir', str(folder.parent)])}"
-    )
-
-
-def precision_text(metrics: dict[str, Any]) -> str:
-    """Return the line about precision and recall; none where test pictures are too few for them."""
-    samples, pca = metrics["samples"], metrics["pca"]
-    if "precision" not in samples:
-        return ""
-    precision, recall = samples["precision"], samples["recall"]
-    return (
-        f"Of the new pictures {precision['fitted']:.0%} lie where test pictures are (precision), "
-        f"and they reach {recall['fitted']:.0%} of those (recall); other real pictures "
-        f"{precision['real']:.0%} and {recall['real']:.0%}, pictures drawn with PCA "
-        f"{pca['precision']['samples']:.0%} and {pca['recall']['samples']:.0%}.\n"
-    )

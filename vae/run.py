@@ -38,6 +38,7 @@ from vae.checkpoint import (
     settings_of,
     state_dicts,
 )
+from vae.history import History
 
 # What may change when a run goes on: where it is computed, and how often it is saved.
 FREE = {"data_root", "device", "checkpoint_every"}
@@ -82,6 +83,7 @@ class Run:
         self.pictures = 0
         self.epochs_done = 0
         self.seconds = 0.0  # that they have taken, with reading the pictures
+        self.history = History()
         # What a signal finds
         self.in_epoch = False
         self.signal_received = 0  # the number of the one that waits for the end of the epoch
@@ -125,6 +127,7 @@ class Run:
         if self.resume:
             self.restore()
         self.in_epoch = self.epochs_done < self.options.epochs
+        self.history.epoch = self.epochs_done
         return self.epochs_done
 
     def seed(self, epoch: int) -> None:
@@ -139,7 +142,7 @@ class Run:
         ``FloatingPointError`` if a weight is not finite, ``Stopped`` if a signal came meanwhile.
         """
         self.check_weights(epoch)
-        self.epochs_done = epoch + 1
+        self.epochs_done = self.history.epoch = epoch + 1
         self.seconds = time.perf_counter() - self.started
         self.in_epoch = self.epochs_done < self.options.epochs
         stop = self.signal_received  # read once: a signal may come between two looks
@@ -162,6 +165,7 @@ class Run:
             "epoch": self.epochs_done,
             "seconds": self.seconds,
             "pictures": self.pictures,
+            "history": self.history.state_dict(),
         }
 
     def restore(self) -> None:
@@ -178,6 +182,7 @@ class Run:
                 raise UserError("pictures were added, removed or changed since: train a new run")
             check_same_settings(checkpoint["settings"], self.settings)
             load_state_dicts(self.state, checkpoint["state"])
+            self.history.load_state_dict(checkpoint.get("history", {}))
             self.epochs_done = epoch
             self.started -= self.seconds
 

@@ -16,6 +16,7 @@ from vae.evaluation import (
     compare,
     evaluate,
     evaluate_pca,
+    evaluate_real,
     evaluate_samples,
     frechet_distance,
     precision_and_recall,
@@ -402,3 +403,17 @@ def test_a_run_compares_pictures_in_the_test_pictures_64_leading_components(mode
         *((x.flatten(1) - centre) @ directions for x in (reconstructions, pictures))
     )
     assert metrics["samples"]["frechet"]["reconstructions"] == pytest.approx(expected, rel=1e-3)
+
+
+# Pictures that are no model's.
+
+
+def test_the_mean_training_picture_and_the_training_pictures_are_held_against_the_test_pictures():
+    with seeded():
+        train, test = torch.rand(30, 3, 4, 4), 0.7 * torch.rand(25, 3, 4, 4)
+    features = PCA(lambda: test.split(8), 5)
+    metrics = evaluate_real(lambda: train.split(8), lambda: test.split(8), features)
+    error = (test - train.mean(dim=0)).square().sum(dim=(1, 2, 3)).mean()
+    assert metrics["mean_picture"]["squared_error"] == pytest.approx(error.item(), rel=1e-5)
+    codes = (features.encode(images.split(8)) for images in (train, test))
+    assert metrics["real"]["frechet"] == pytest.approx(frechet_distance(*codes))

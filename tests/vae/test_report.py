@@ -265,7 +265,7 @@ def test_the_projector_shows_five_hundred_pictures_from_all_over_at_most(model, 
     assert species == [str(label) for label in range(2499, 0, -5)]
 
 
-# The first and the last words.
+# The first words.
 
 
 def test_the_opening_says_on_what_and_where_and_from_which_epoch(model, splits, tmp_path):
@@ -278,34 +278,3 @@ def test_the_opening_says_on_what_and_where_and_from_which_epoch(model, splits, 
     )
     assert "goes on at epoch 2 of 3 epochs" in report.opening_text(run, model, splits, 2)
     assert "has ended after its 3 epochs: only" in report.opening_text(run, model, splits, 3)
-
-
-def test_the_summary_says_how_good_the_model_is_and_where_to_look():
-    errors = {"squared_error": 81.26, "squared_error_mean": 75.04}
-    metrics = {
-        "dataset": "flowers102",
-        "epochs": 500,
-        "seconds": 65.4,
-        "test": errors | {"kl": 12.34, "active_units": 9},
-        "pca": {"components": 10, "squared_error": 90.0, "frechet": {"samples": 12.06}},
-        "samples": {"frechet": {"reconstructions": 7.24, "fitted": 9.46, "prior": 18.05}},
-    }
-    assert report.summary_text(metrics, Path("my runs/first")) == (
-        "Test pictures of flowers102: squared error 81.3 per image (75.0 through the mean), "
-        "KL 12.3 nats, 9 active latent dimensions.\n"
-        "PCA with 10 components: 90.0; the model is 8.7 better.\n"
-        "Fréchet distance of new pictures to the test pictures (lower is better): drawn from the "
-        "fitted latents 9.5, from the prior 18.1; reconstructions have 7.2, pictures drawn with "
-        "PCA 12.1.\n"
-        "500 epochs in 65 s. Pictures, metrics and the model are in my runs/first\n"
-        "Look at the run with: tensorboard --logdir 'my runs'"
-    )
-    metrics["samples"]["precision"] = {"fitted": 0.98, "prior": 0.5, "real": 0.69}
-    metrics["samples"]["recall"] = {"fitted": 0.07, "prior": 0.1, "real": 0.68}
-    metrics["pca"] |= {"precision": {"samples": 0.99}, "recall": {"samples": 0.04}}
-    assert (
-        "\nOf the new pictures 98% lie where test pictures are (precision), and they reach 7% of "
-        "those (recall); other real pictures 69% and 68%, pictures drawn with PCA 99% and 4%.\n"
-    ) in report.summary_text(metrics, Path("my runs/first"))
-    metrics["pca"]["squared_error"] = 80.0
-    assert "the model is 1.3 worse.\n" in report.summary_text(metrics, Path("my runs/first"))

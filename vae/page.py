@@ -1,0 +1,269 @@
+"""report.html in a run's folder: one page that tells the run, and needs nothing but itself."""
+
+import io
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from datasets.memory import InMemory
+from vae.checkpoint import all_finite, is_same, replace_atomically
+from vae.history import History, story_epochs
+from vae.latent import fit_latents
+from vae.run import FREE, Run, Stopped
+from vae.summary import drawn_rows, reconstruction_rows
+from vae.vae import VAE
+
+ACROSS = 8  # pictures in a row of the story, and in a row of samples
+EXTREMES = 4  # pictures of each kind: reconstructed best, middling, worst
+
+# What the charts are drawn in. On the page it becomes the colour of its text, light or dark.
+INK = "#010203"
+INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+
+
+class Chart(NamedTuple):
+    """A chart of the page: its title, its vertical axis, and its curves by name."""
+
+    title: str
+    unit: str
+    tags: dict[str, str]
+
+
+CHARTS = (
+    Chart(
+        "Reconstruction",
+        "squared error per picture",
+        {
+            "training (loss)": "loss/Reconstruction Loss",
+            "validation, z sampled": "validation/squared_error",
+            "validation, z the mean": "validation/squared_error_mean",
+        },
+    ),
+    Chart(
+        "KL divergence",
+        "nats per picture",
+        {"training": "loss/KL Loss", "validation": "validation/kl"},
+    ),
+)
+STYLES = ("-", "--", ":")  # of a chart's curves, so that they differ without colours, too
+
+
+# The story: what the model could do after some epochs.
+
+
+@torch.no_grad()
+def keep_moment(run: Run, model: VAE, splits: Sequence[InMemory], epoch: int) -> None:
+    """Keep pictures of what a model can do after an epoch, if the page shows that one.
+
+    They are reconstructions of test pictures, always the same, and below them samples, always from
+    the same noise: it comes from a generator of its own, so that the run's numbers stay.
+    """
+    if epoch + 1 not in story_epochs(run.options.epochs) or not all_finite(model):
+        return
+    train, _, test = splits
+    originals = some(test, ACROSS).to(run.device)
+    mean, _ = model.encoder(originals)
+    # A quarter of the training pictures are enough for a look.
+    latents = fit_latents(model, (x[::4] for x in train.batches(256)))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(ACROSS, model.latent_size, generator=generator).to(mean)
+    z = latents.mean + noise @ latents.scale_tril.T
+    images = torch.cat((model.decoder(mean), model.decoder(z)))
+    folder = run.folder / "story"
+    folder.mkdir(exist_ok=True)
+    with replace_atomically(folder / f"{epoch + 1:06d}.png") as file:
+        save_image(make_grid(images, nrow=len(originals)), file, format="png")
+
+
+def some(pictures: InMemory, count: int) -> Tensor:
+    """Return so many pictures from all over a split, or all there are."""
+    places = torch.linspace(0, len(pictures) - 1, min(count, len(pictures)))
+    return pictures.images(places.long())
+
+
+# The page.
+
+
+@torch.no_grad()
+def write_page(
+    run: Run,
+    model: VAE,
+    splits: Sequence[InMemory],
+    metrics: dict[str, Any] | None = None,
+    ending: str = "",
+) -> None:
+    """Write ``report.html``; without ``metrics`` for a run that has not ended, but by ``ending``.
+
+    The page shows test pictures, and training pictures beside samples: mind whose they are before
+    you give it away.
+    """
+    train, _, test = splits
+    device = run.device
+    page: dict[str, Any] = {
+        "name": run.folder.resolve().name,
+        "dataset": run.options.dataset,
+        "epochs": run.epochs_done,
+        "ending": ending,
+        "metrics": metrics,
+        "story": read_story(run.folder),
+        "originals": as_uri(make_grid(some(test, ACROSS), nrow=ACROSS)),
+        "charts": [svg for chart in CHARTS if (svg := draw_chart(chart, run.history))],
+        "changes": changed_options(run.options),
+    }
+    if metrics:
+        latents = fit_latents(model, train.batches())
+        samples = model.decoder(latents.sample((ACROSS,)))
+        pairs = torch.cat((samples.cpu(), nearest(samples.cpu(), train)))
+        page |= {
+            "reconstructions": reconstruction_rows(metrics),
+            "drawn": drawn_rows(metrics),
+            "samples": as_uri(make_grid(pairs, nrow=ACROSS)),
+            "extremes": extremes(model, test, device),
+        }
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    html = environment.get_template("report.html").render(page)
+    with replace_atomically(run.folder / "report.html") as file:
+        file.write(html.encode())
+
+
+def read_story(folder: Path) -> list[tuple[int, str]]:
+    """Return the moments that a run has kept: after how many epochs, and the pictures."""
+    return [
+        (int(path.stem), uri_of(path.read_bytes()))
+        for path in sorted((folder / "story").glob("*.png"))
+    ]
+
+
+def changed_options(options: Any) -> list[tuple[str, Any, Any]]:
+    """Return the options that are not the usual ones, each with its value and the usual one."""
+    usual = type(options)()
+    return [
+        (name, value, getattr(usual, name))
+        for name, value in asdict(options).items()
+        if name not in FREE and not is_same(value, getattr(usual, name))
+    ]
+
+
+def extremes(model: VAE, test: InMemory, device: torch.device) -> dict[str, str]:
+    """Return the test pictures that are reconstructed best, middlingly and worst, as pictures.
+
+    In each the upper row are the test pictures, the lower one their reconstructions.
+    """
+    errors = []
+    for x in test.batches():
+        reconstruction = through_mean(model, x.to(device)).cpu()
+        errors.append(torch.square(x - reconstruction).flatten(1).sum(dim=1))
+    order = torch.cat(errors).argsort()
+    count = min(EXTREMES, len(order))
+    middle = (len(order) - count) // 2
+    places = {
+        "best": order[:count],
+        "in the middle": order[middle : middle + count],
+        "worst": order[len(order) - count :],
+    }
+    pictures = {}
+    for name, indices in places.items():
+        originals = test.images(indices)
+        reconstructions = through_mean(model, originals.to(device)).cpu()
+        pictures[name] = as_uri(make_grid(torch.cat((originals, reconstructions)), nrow=count))
+    return pictures
+
+
+def through_mean(model: VAE, x: Tensor) -> Tensor:
+    """Return images' reconstructions without noise."""
+    mean, _ = model.encoder(x)
+    return model.decoder(mean)
+
+
+def nearest(images: Tensor, train: InMemory) -> Tensor:
+    """Return each image's nearest training picture, by the squared error between the two."""
+    least = torch.full((len(images),), torch.inf)
+    found = torch.empty_like(images)
+    for x in train.batches():
+        distances = torch.cdist(images.flatten(1), x.flatten(1))
+        distance, index = distances.min(dim=1)
+        nearer = distance < least
+        least[nearer], found[nearer] = distance[nearer], x[index[nearer]]
+    return found
+
+
+@contextmanager
+def page_at_an_early_end(run: Run, model: VAE, splits: Sequence[InMemory]) -> Iterator[None]:
+    """Write the page as far as a run got, if it is stopped or diverges inside the block."""
+    try:
+        yield
+    except (Stopped, FloatingPointError) as error:
+        how = f"Stopped by {error.name}" if isinstance(error, Stopped) else f"Ended: {error}"
+        write_page(run, model, splits, ending=f"{how}.")
+        raise
+
+
+# Pictures and charts, as text of the page.
+
+
+def as_uri(image: Tensor) -> str:
+    """Return a picture, [channels, height, width] in [0, 1], as an address that holds it."""
+    file = io.BytesIO()
+    save_image(image, file, format="png")
+    return uri_of(file.getvalue())
+
+
+def uri_of(png: bytes) -> str:
+    """Return a PNG file's content as an address."""
+    return "data:image/png;base64," + b64encode(png).decode()
+
+
+def draw_chart(chart: Chart, history: History) -> Markup | None:
+    """Return a chart as SVG, or None if the run has none of its curves."""
+    style: Any = dict.fromkeys(INKED, INK) | {"axes.facecolor": "none"}
+    with rc_context(style):
+        figure = Figure(figsize=(6, 3.2), layout="constrained", facecolor="none")
+        axis = figure.subplots()
+    for (name, tag), style in zip(chart.tags.items(), STYLES, strict=False):
+        epochs, values = history.curve(tag)
+        if epochs:
+            # Dots, where there are too few points for a line to be seen.
+            axis.plot(epochs, values, style, label=name, marker="." if len(epochs) < 20 else None)
+    if not axis.lines:
+        return None
+    axis.set(xlabel="epoch", ylabel=chart.unit, title=chart.title)
+    axis.set_ylim(*shown_range([line.get_xydata() for line in axis.lines]))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(framealpha=0)
+    file = io.StringIO()
+    # A fixed salt: the same run writes the same page.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    svg = file.getvalue()
+    return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))
+
+
+def shown_range(curves: Sequence[Any]) -> tuple[float, float]:
+    """Return the lowest and the highest value that a chart shows; each curve is [points, 2].
+
+    A run's first values are many times the later ones and would leave them flat: what is before a
+    tenth of the epochs may lie outside.
+    """
+    points = np.concatenate(curves)
+    epochs, values = points[np.isfinite(points).all(axis=1)].T
+    if not len(values):
+        return 0.0, 1.0
+    values = values[epochs >= epochs.max() / 10]
+    lowest, highest = values.min(), values.max()
+    margin = 0.05 * (highest - lowest) or 1.0
+    return lowest - margin, highest + margin
