@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from datasets.memory import InMemory
-from vae.checkpoint import all_finite, is_same, replace_atomically
+from vae.checkpoint import is_same, replace_atomically
 from vae.history import History, story_epochs
 from vae.latent import fit_latents
 from vae.run import FREE, Run, Stopped
@@ -71,13 +71,16 @@ def keep_moment(run: Run, model: VAE, splits: Sequence[InMemory], epoch: int) ->
     They are reconstructions of test pictures, always the same, and below them samples, always from
     the same noise: it comes from a generator of its own, so that the run's numbers stay.
     """
-    if epoch + 1 not in story_epochs(run.options.epochs) or not all_finite(model):
+    if epoch + 1 not in story_epochs(run.options.epochs):
         return
     train, _, test = splits
     originals = some(test, ACROSS).to(run.device)
     mean, _ = model.encoder(originals)
     # A quarter of the training pictures are enough for a look.
-    latents = fit_latents(model, (x[::4] for x in train.batches(256)))
+    try:
+        latents = fit_latents(model, (x[::4] for x in train.batches(256)))
+    except ValueError:  # PyTorch's, for latents that are not finite: the run diverges
+        return
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(ACROSS, model.latent_size, generator=generator).to(mean)
     z = latents.mean + noise @ latents.scale_tril.T
