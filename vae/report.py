@@ -14,6 +14,7 @@ from torch.distributions import MultivariateNormal
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
+from datasets.labels import names_of
 from datasets.memory import InMemory
 from vae.checkpoint import as_plain, replace_atomically
 from vae.command_line import quote
@@ -191,19 +192,8 @@ def write_projector(writer: SummaryWriter, model: VAE, test: InMemory, epoch: in
     device = next(model.parameters()).device
     means = torch.cat([model.encoder(batch.to(device))[0] for batch in pictures.split(64)])
     thumbnails = pictures[:, : 3 if pictures.shape[1] >= 3 else 1]  # as many as it can show
-    names = species_names(labels, test.classes)
+    names = names_of(labels, test.classes)
     writer.add_embedding(means, names, thumbnails, epoch, "test_latents")
-
-
-def species_names(labels: list[Any], classes: Any) -> list[str]:
-    """Return labels as text: the names in ``classes`` where each label is one's place there."""
-
-    def is_place(label: Any) -> bool:
-        return isinstance(label, int) and 0 <= label < len(classes)
-
-    if classes is not None and all(is_place(label) for label in labels):
-        labels = [classes[label] for label in labels]
-    return [str(label) for label in labels]
 
 
 def summary_text(metrics: dict[str, Any], folder: Path) -> str:

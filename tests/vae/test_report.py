@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import SMALL, read_events, seed_as, seeded, tiles, train_small, write_checkpoint
+from conftest import SIZES, SmallPictures
+from helpers import (
+    SMALL,
+    assert_same_run,
+    read_events,
+    seed_as,
+    seeded,
+    tiles,
+    train_small,
+    write_checkpoint,
+    write_photograph,
+)
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -23,7 +35,7 @@ from vae.latent import fit_latents
 from vae.losses import ELBOLoss
 from vae.run import Run
 from vae.vae import VAE
-from vae_training import Options
+from vae_training import DATASETS, Options
 
 # It looks at the validation split twice, ends with a beta below its final one, and comes so far
 # that samples from the prior differ from those of the fitted latents.
@@ -263,6 +275,14 @@ def test_the_projector_shows_five_hundred_pictures_from_all_over_at_most(model, 
         report.write_projector(writer, model, pictures_of(2500), epoch=3)
     species = (tmp_path / "00003" / "test_latents" / "metadata.tsv").read_text().split()
     assert species == [str(label) for label in range(2499, 0, -5)]
+
+
+def test_a_label_of_several_lines_is_one_line_in_the_projector(model, tmp_path):
+    labelled = Pairs(zip(torch.rand(3, 3, 8, 8), ["a\nb\tc", "", None], strict=True))
+    with SummaryWriter(tmp_path) as writer:
+        report.write_projector(writer, model, InMemory(labelled, progress=False), epoch=1)
+    species = (tmp_path / "00001" / "test_latents" / "metadata.tsv").read_text().splitlines()
+    assert species == ["a b c", '""', "None"]
 
 
 # The first and the last words.
