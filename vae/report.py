@@ -3,6 +3,9 @@
 import json
 import math
 import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,10 +105,11 @@ def pairs_grid(model: VAE, test: InMemory, count: int) -> Tensor:
 def write_report(
     run: Run, writer: SummaryWriter, model: VAE, loss: ELBOLoss, splits: Splits
 ) -> dict[str, Any]:
-    """Measure the trained model; leave metrics, pictures and latents; return the metrics.
+    """Measure the trained model; leave latents, metrics and pictures; return the metrics.
 
     The model is in ``eval()`` mode, ``loss`` the one that it was trained with, at its final beta.
-    ``FloatingPointError`` if the loss is not finite.
+    What fails of TensorBoard's HParams and Projector is a warning. ``FloatingPointError`` if the
+    loss is not finite.
     """
     run.in_epoch = False  # wherever the loop ended: from here on a signal stops at once
     train, _, test = splits
@@ -115,16 +119,29 @@ def write_report(
         run.check_loss(run.epochs_done - 1, metrics[split]["total_loss"])
     latents = fit_latents(model, train.batches())
     metrics |= measure_samples(model, latents, train, test)
+    # The result comes first, so that nothing that is only shown can cost it. With latents in it, a
+    # checkpoint is that of a run which has ended
+    covariance = latents.covariance_matrix.cpu()
+    run.save(latents={"mean": latents.mean.cpu(), "covariance": covariance})
     content = json.dumps(metrics, indent=2, default=str)
     with replace_atomically(run.folder / "metrics.json") as file:
         file.write(content.encode())
     save_pictures(run.folder, model, latents, test)
-    write_hparams(writer, run.options, metrics["test"])
-    write_projector(writer, model, test, run.epochs_done)
-    # The last thing: a checkpoint that has latents is that of a run which has ended.
-    covariance = latents.covariance_matrix.cpu()
-    run.save(latents={"mean": latents.mean.cpu(), "covariance": covariance})
+    with warning_if_it_fails("HParams"):
+        write_hparams(writer, run.options, metrics["test"])
+    with warning_if_it_fails("Projector"):
+        write_projector(writer, model, test, run.epochs_done)
     return json.loads(content)  # as everybody reads them: a list in place of each tuple
+
+
+@contextmanager
+def warning_if_it_fails(name: str) -> Iterator[None]:
+    """Let a run end well that cannot fill a part of TensorBoard, and say why it is not there."""
+    try:
+        yield
+    except Exception as error:  # whatever labels and options of the reader's own lead to
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"warning: TensorBoard's {name} is not complete: {reason}", file=sys.stderr)
 
 
 def measure_splits(model: VAE, loss: ELBOLoss, splits: Splits) -> dict[str, Any]:

@@ -285,6 +285,46 @@ def test_a_label_of_several_lines_is_one_line_in_the_projector(model, tmp_path):
     assert species == ["a b c", '""', "None"]
 
 
+# What fails of what is only shown.
+
+
+class Unspeakable:
+    """A class's name that cannot be written down."""
+
+    def __str__(self) -> str:
+        raise LookupError("it has\nno name")
+
+
+class Nameless(SmallPictures):
+    """Pictures whose labels have names that cannot be written down."""
+
+    classes: ClassVar[list[Any]] = [Unspeakable()] * 102
+
+
+def test_a_projector_that_fails_is_a_warning_and_costs_nothing(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(DATASETS, "small", Nameless)
+    train_small(tmp_path / "run", **RUN)
+    warning = "warning: TensorBoard's Projector is not complete: LookupError: it has no name\n"
+    assert capsys.readouterr().err == warning
+    assert_same_run(tmp_path / "run", run)
+
+
+def test_hparams_that_fail_are_a_warning_and_cost_nothing(tmp_path, capsys):
+    name = os.fsdecode(b"flo\xffwers")
+    try:
+        for split in SIZES:
+            write_photograph(tmp_path / name / split / "1.jpg")
+    except OSError:
+        pytest.skip("this system's names are all UTF-8")
+    metrics = train_small(tmp_path / "run", dataset=str(tmp_path / name), epochs=1)
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_bytes())
+    *_, latents = load_model(tmp_path / "run" / "checkpoint.pt")
+    assert latents is not None
+    assert (tmp_path / "run" / "projector_config.pbtxt").exists()
+    warning = "warning: TensorBoard's HParams is not complete: UnicodeEncodeError: 'utf-8' codec"
+    assert capsys.readouterr().err.startswith(warning)
+
+
 # The first and the last words.
 
 
