@@ -40,9 +40,9 @@ from vae.vae import VAE
 
 ROOT = Path(__file__).parent
 
-# What --dataset may name, besides a folder of pictures. Each is a class like torchvision's, called
-# with (root, split, transform, download), where split is "train", "val" or "test"; one of your own
-# is one more entry.
+# What --dataset may name, besides a folder of pictures and all others of torchvision's classes. A
+# class of your own is one more entry; the top of datasets/__init__.py says what it takes and gives.
+# So is one of torchvision's with arguments: "letters": partial(EMNIST, split="letters").
 DATASETS = {"flowers102": Flowers102, "dtd": DTD, "synthetic": SyntheticFlowers}
 
 VALIDATE_EVERY = 10  # epochs between two looks at the validation pictures, for TensorBoard alone
@@ -53,10 +53,12 @@ VALIDATE_EVERY = 10  # epochs between two looks at the validation pictures, for 
 class Options:
     """One experiment; the defaults are the post's."""
 
-    # flowers102, dtd, synthetic: drawn by a program, or a folder of pictures; auto: flowers102, or
-    # synthetic if that is not here and cannot be downloaded
+    # a folder of pictures; or flowers102, dtd or another of torchvision's data sets of labelled
+    # pictures, such as MNIST; or synthetic: drawn by a program; auto: flowers102, or synthetic if
+    # that is not here and cannot be downloaded
     dataset: str = "auto"
-    data_root: Path = ROOT / "datasets"  # folder of flowers-102 or dtd, downloaded to it if missing
+    # folder in which a data set has its files, as flowers-102 or MNIST; downloaded to it if missing
+    data_root: Path = ROOT / "datasets"
     image_size: int = 32  # height and width in pixels, a multiple of 8
     crop: bool = False  # keep the middle square of each picture, do not squeeze it
     augment: bool = False  # flip, shift, turn, zoom and tint the training pictures at random

@@ -1,25 +1,38 @@
-"""The pictures that the model learns: every data set is a class like torchvision's."""
+"""The pictures that the model learns: every data set is a class like torchvision's.
 
-import shutil
-import socket
+A class of one's own, or a function, is called as ``Own(split="train", transform=...)``, with "val"
+and "test" in the place of "train", and gives the pictures of that split. This is all that it needs:
+
+- It takes ``split`` and ``transform`` by these names. If it takes ``root``, that is the folder of
+  all data sets (``--data-root``); other parameters have defaults.
+- ``len(own)`` is the number of its pictures, and ``own[index]`` is ``(picture, label)`` or just the
+  picture, to which ``transform`` was applied. The same index is the same picture each time.
+- A label may be anything: a number, a text, an array, None. It is shown by its name where there is
+  an attribute ``classes``, a list of names or a dictionary from names to labels.
+
+What it may have besides:
+
+- Where its files are missing, and it can download them, it raises a ``RuntimeError`` that has the
+  word "download". Then it is called again with ``download=True`` and an empty folder as ``root``,
+  and what it leaves there is moved to the data root.
+- ``depends_on()`` returns the files that its pictures come from. Then they are kept on disk, and
+  not read again in each run (see ``datasets/cache.py``).
+"""
+
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.error import URLError
 
+import torchvision.datasets
+
+from datasets.calls import DatasetClass, call, is_torchvisions, needed, parameters_of
+from datasets.downloads import open_all
 from datasets.errors import UserError
 from datasets.folder import PictureFolder
-
-# A data set's class, or a function like it. It takes (root, split, transform, download), with the
-# splits "train", "val" and "test", as most of torchvision's do.
-DatasetClass = Callable[..., Any]
-
-TIMEOUT = 10.0  # seconds for which a server may be silent
+from datasets.torchvision_sets import SPLITS, find_torchvisions, torchvision_class
 
 
 def find_dataset(
@@ -27,78 +40,79 @@ def find_dataset(
 ) -> tuple[str, DatasetClass]:
     """Return a name and the data set that it stands for, to be called with a split and a transform.
 
-    The name is one of ``datasets`` or the path of a folder of pictures, which is returned whole.
-    For ``"auto"`` it is flowers102 or, where that is neither on disk nor can be downloaded,
-    synthetic. What is not in ``root`` is downloaded to it.
+    The name is one of ``datasets`` or of torchvision's classes, in upper or lower case, or else the
+    path of a folder of pictures, which is returned whole. For ``"auto"`` it is flowers102 or, where
+    that is neither on disk nor can be downloaded, synthetic. What is not in ``root`` is downloaded
+    to it.
 
-    ``UserError`` for a name that stands for nothing and for a damaged download,
-    ``ConnectionError`` for what cannot be downloaded.
+    ``UserError`` for a name that stands for nothing, a class that cannot be used and a damaged
+    download, ``ConnectionError`` for what cannot be downloaded.
     """
-    if name == "auto":
+    if name.lower() == "auto":
         try:
             return find_dataset("flowers102", root, datasets)
         except ConnectionError as error:
             print(f"warning: {error}. Training on SYNTHETIC flowers", file=sys.stderr)
             return find_dataset("synthetic", root, datasets)
-    if name in datasets:
-        return name, find_named(name, Path(root).expanduser(), datasets[name])
     folder = Path(name).expanduser().absolute()
-    if not folder.is_dir():
-        names = ", ".join(datasets)
-        raise UserError(f"--dataset is {name}: no such folder, and none of auto, {names}")
-    return str(folder), partial(PictureFolder, folder)
+    found = find_class(name, datasets)
+    if found is None:
+        if not folder.is_dir():
+            raise unknown(name, datasets)
+        return str(folder), partial(PictureFolder, folder)
+    known, dataset = found
+    refuse_object(known, dataset)
+    root = Path(root).expanduser()
+    if folder.is_dir() and folder.parent != root.absolute():
+        print(f"note: {name} is the data set, and {folder} the folder", file=sys.stderr)
+    find = find_torchvisions if is_torchvisions(dataset) else find_own
+    return known, find(known, root, dataset)
 
 
-def find_named(name: str, root: Path, dataset: DatasetClass) -> DatasetClass:
-    """Return a data set with its root, after its files were downloaded if they are missing."""
-    rooted = partial(dataset, root=root)
-    try:
-        rooted(split="train")
-    except RuntimeError as error:
-        if "download" not in str(error):  # which all of torchvision's say where files are missing
-            raise
-        download(name, root, dataset)
-        rooted(split="train")
-    return rooted
+def find_class(name: str, datasets: Mapping[str, DatasetClass]) -> tuple[str, DatasetClass] | None:
+    """Return a class with the name as it is written: one of ``datasets``, else torchvision's."""
+    for known, dataset in datasets.items():
+        if known.lower() == name.lower():
+            return known, dataset
+    torchvisions = torchvision_class(name)
+    return None if torchvisions is None else (torchvisions.__name__, torchvisions)
 
 
-def download(name: str, root: Path, dataset: DatasetClass) -> None:
-    """Let a data set download its files, and move them to ``root`` when they are complete.
+def find_own(name: str, root: Path, dataset: DatasetClass) -> DatasetClass:
+    """Return a class of the reader's own, to be called with a split and a transform.
 
-    ``ConnectionError`` if its server cannot be reached, ``UserError`` if what came is damaged, or
-    if something of its name is in ``root`` already. Then nothing is left behind.
+    What is not in ``root`` is downloaded to it. ``UserError`` for a class that cannot be called so.
     """
-    print(f"Downloading {name} to {root}", file=sys.stderr)
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        with TemporaryDirectory(prefix=".downloading-", dir=root) as folder:
-            with server_timeout(TIMEOUT):
-                dataset(root=Path(folder), split="train", download=True)
-            move_contents(Path(folder), root)
-    except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
-        reason = f"its server cannot be reached ({' '.join(str(error).split())})"
-        advice = "give the folder that holds it to --data-root, or take --dataset synthetic"
-        raise ConnectionError(f"{name} is not in {root} and {reason}: {advice}") from None
-    except RuntimeError as error:  # torchvision's, for another checksum than it knows
-        raise UserError(f"the download of {name} is damaged ({error}): try again") from None
+    refuse_other_calls(name, dataset)
+    more = {"transform": None} if "transform" in needed(dataset, {"split"}) else {}
+    open_all(name, root, dataset, [{"split": split} | more for split in SPLITS])
+    return partial(call, dataset, root=root)
 
 
-@contextmanager
-def server_timeout(seconds: float) -> Iterator[None]:
-    """Give up servers that are silent for so long, as torchvision does not by itself."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+def refuse_object(name: str, dataset: Any) -> None:
+    """Raise ``UserError`` for what is a data set already, and cannot be called for each split."""
+    if not callable(dataset):
+        kind = type(dataset).__name__
+        raise UserError(f"{name} stands for an object of {kind}: give the class {kind} itself")
 
 
-def move_contents(folder: Path, root: Path) -> None:
-    """Move what is in a folder to ``root``. ``UserError`` if something there has its name."""
-    for path in folder.iterdir():
-        target = root / path.name
-        if target.exists():
-            taken = f"{target} is there, damaged or from a run beside this one"
-            raise UserError(f"{taken}: try again, or move it away")
-        shutil.move(path, target)
+def refuse_other_calls(name: str, dataset: DatasetClass) -> None:
+    """Raise ``UserError`` for a class of the reader's own that cannot be called as it has to be."""
+    rule = "the top of datasets/__init__.py says what a class of your own takes"
+    lacking = [each for each in ("split", "transform") if each not in parameters_of(dataset)]
+    if lacking:
+        raise UserError(f"the class of {name} takes no {' and no '.join(lacking)}: {rule}")
+    more = needed(dataset, {"split", "transform"})
+    if more:
+        raise UserError(f"the class of {name} needs {' and '.join(more)}, too: {rule}")
+
+
+def unknown(name: str, datasets: Mapping[str, DatasetClass]) -> UserError:
+    """Return what to say of a name that is no folder and no data set's."""
+    torchvisions = filter(torchvision_class, torchvision.datasets.__all__)
+    names = {each.lower(): each for each in (*torchvisions, *datasets)}
+    near = [names[each] for each in get_close_matches(name.lower(), names)]
+    hint = f"; is it {' or '.join(near)}?" if near else ""
+    of_torchvision = "nor a data set of torchvision's, such as MNIST"
+    given = f"--dataset is {name}: no such folder, and none of auto, {', '.join(datasets)}"
+    return UserError(f"{given}, {of_torchvision}{hint}")

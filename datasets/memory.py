@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from datasets.cache import Pictures, cache_path, keep_pictures, load_pictures
 from datasets.errors import DamagedPicture, UserError
+from datasets.labels import as_text, make_batches, picture_and_label
 from datasets.sources import picture_files, reads_in_threads
 
 BLOCK = 1024  # pictures that wait for the threads; the queue of a million would take memory, too
@@ -24,8 +25,9 @@ class InMemory(Dataset):
 
     It takes any data set like torchvision's, of pairs (image, label) with the image a float tensor
     [channels, height, width] in [0, 1], as ``ToTensor`` makes it, and gives the same pairs back:
-    bit for bit for 8-bit pictures, rounded to 8 bits otherwise. NumPy's numbers as labels become
-    Python's.
+    bit for bit for 8-bit pictures, rounded to 8 bits otherwise. A data set may give images alone:
+    then each label is None. NumPy's numbers as labels become Python's. Labels of which a
+    ``DataLoader`` can make no batch, such as None, come as text.
 
     Nothing random may be in the transform, since it would be drawn once for all epochs. Such a
     transform is refused if it draws from PyTorch's, NumPy's or Python's global generator, even for
@@ -37,18 +39,20 @@ class InMemory(Dataset):
     ``depends_on()``, the pictures are kept on disk for the next run (see ``datasets/cache.py`` and
     ``known_sources``). All others are read again in each run.
 
-    ``pixels`` are [n, height, width, channels] uint8, ``labels`` a list of n, ``name`` is the data
-    set's class and ``classes`` its attribute, or None. A picture that raises ``DamagedPicture`` is
-    named in a warning and left out. ``progress`` shows a bar on terminals. ``UserError`` if there
-    are no pictures, or they differ in shape, or are not in [0, 1], or a transform draws.
+    ``pixels`` are [n, height, width, channels] uint8, ``labels`` a list of n as the data set has
+    them, ``name`` is its class and ``classes`` its attribute, or None; a ``Subset`` has those of
+    the data set that it is a part of. A picture that raises ``DamagedPicture`` is named in a
+    warning and left out. ``progress`` shows a bar on terminals. ``UserError`` if there are no
+    pictures, or they differ in shape, or are not in [0, 1], or a transform draws.
     """
 
     def __init__(self, dataset: Any, progress: bool = True) -> None:
-        self.name = type(dataset).__name__
-        self.classes = getattr(dataset, "classes", None)
+        self.name = name_of(dataset)
+        self.classes = getattr(whole(dataset), "classes", None)
         pictures = load_or_read(dataset, progress)
         self.pixels = pictures.pixels
         self.labels = pictures.labels
+        self.labels_as_text = not make_batches(self.labels)
         for message in pictures.left_out:
             print(f"warning: {message}: it is left out", file=sys.stderr)
         if not len(self):
@@ -64,6 +68,8 @@ class InMemory(Dataset):
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Any]]:
         """Return several pairs at once: what a ``DataLoader`` asks for, one batch at a time."""
         labels = [self.labels[index] for index in indices]
+        if self.labels_as_text:
+            labels = [as_text(label) for label in labels]
         return list(zip(self.images(torch.tensor(indices)), labels, strict=True))
 
     def images(self, index: slice | Tensor) -> Tensor:
@@ -74,6 +80,18 @@ class InMemory(Dataset):
         """Yield all images in order, [batch, channels, height, width]."""
         for start in range(0, len(self), size):
             yield self.images(slice(start, start + size))
+
+
+def whole(dataset: Any) -> Any:
+    """Return the data set that a ``Subset`` is a part of; others are whole themselves."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return dataset
+
+
+def name_of(dataset: Any) -> str:
+    """Return what messages call a data set: its class."""
+    return type(whole(dataset)).__name__
 
 
 def load_or_read(dataset: Any, progress: bool) -> Pictures:
@@ -119,7 +137,7 @@ class Reader:
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.name = type(dataset).__name__
+        self.name = name_of(dataset)
         self.shape: torch.Size | None = None  # of each image, which the first one tells
         self.pixels = torch.empty(0, dtype=torch.uint8)
         self.labels: list[Any] = [None] * len(dataset)
@@ -151,7 +169,7 @@ class Reader:
     def read(self, index: int) -> None:
         """Read one picture into its row, or note that it is damaged."""
         try:
-            image, label = self.dataset[index]
+            image, label = picture_and_label(self.dataset[index])
         except DamagedPicture as error:
             self.damaged[index] = str(error)
             return

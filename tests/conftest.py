@@ -8,6 +8,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -92,7 +93,7 @@ def data_root(flowers, tmp_path) -> Path:
     return shutil.copytree(flowers, folder, ignore=shutil.ignore_patterns("*.tgz")).parent
 
 
-class FlowersHandler(SimpleHTTPRequestHandler):
+class FolderHandler(SimpleHTTPRequestHandler):
     """Serves a folder, and breaks where the test asks for it."""
 
     def do_GET(self) -> None:
@@ -111,59 +112,66 @@ class FlowersHandler(SimpleHTTPRequestHandler):
         pass
 
 
-class FlowersServer(ThreadingHTTPServer):
+class FolderServer(ThreadingHTTPServer):
     """A server on 127.0.0.1; ``faults`` maps file names to what happens instead of an answer."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), functools.partial(FlowersHandler, directory=folder))
+        super().__init__(("127.0.0.1", 0), functools.partial(FolderHandler, directory=folder))
         self.url = f"http://127.0.0.1:{self.server_port}/"
         self.asked_for: list[str] = []
-        self.faults: dict[str, Callable[[FlowersHandler], None]] = {}
+        self.faults: dict[str, Callable[[FolderHandler], None]] = {}
         self.stopping = threading.Event()
 
     def handle_error(self, *_: object) -> None:
         """Say nothing of clients that hang up."""
 
-    def say_nothing(self, _: FlowersHandler) -> None:
+    def say_nothing(self, _: FolderHandler) -> None:
         """Accept the request and leave it at that."""
         self.stopping.wait(30)
 
     @staticmethod
-    def cut_off(handler: FlowersHandler) -> None:
+    def cut_off(handler: FolderHandler) -> None:
         """Promise the file and hang up halfway."""
         content = Path(handler.translate_path(handler.path)).read_bytes()
         handler.answer(content[: len(content) // 2], len(content))
 
     @staticmethod
-    def garble(handler: FlowersHandler) -> None:
+    def garble(handler: FolderHandler) -> None:
         """Send other bytes than the file's."""
         handler.answer(b"no flowers today", 16)
 
     @staticmethod
-    def fail(handler: FlowersHandler) -> None:
+    def fail(handler: FolderHandler) -> None:
         """Answer with an internal error."""
         handler.send_error(500)
 
     @staticmethod
-    def speak_another_language(handler: FlowersHandler) -> None:
+    def speak_another_language(handler: FolderHandler) -> None:
         """Answer with what is no HTTP."""
         handler.wfile.write(b"220 flowers.example ESMTP ready\r\n")
 
 
-@pytest.fixture
-def server(flowers, monkeypatch) -> Iterator[FlowersServer]:
-    """A server of the small Flowers102, in the place of the university's."""
-    monkeypatch.setenv("no_proxy", "*")
-    with FlowersServer(flowers) as server:
-        monkeypatch.setattr(Flowers102, "_download_url_prefix", server.url)
+@contextmanager
+def served(folder: Path) -> Iterator[FolderServer]:
+    """A server of the files in a folder, which is asked directly, past any proxy."""
+    with pytest.MonkeyPatch.context() as patch, FolderServer(folder) as server:
+        patch.setenv("no_proxy", "*")
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
         server.stopping.set()
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def server(flowers, monkeypatch) -> Iterator[FolderServer]:
+    """A server of the small Flowers102, in the place of the university's."""
+    with served(flowers) as server:
+        monkeypatch.setattr(Flowers102, "_download_url_prefix", server.url)
+        yield server
 
 
 @pytest.fixture

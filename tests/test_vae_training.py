@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -277,12 +278,43 @@ LABELS = {
     "names": ["tulip", "rose"],
     "several in one": [torch.tensor([0, 1]), torch.tensor([1, 1])],
     "a dictionary": [{"species": 1}, {"species": 2}],
+    "none": [None, None],
+    "none for some": [3, None],
+    "of two shapes": [np.zeros(2), np.zeros(3)],
+    "drawn masks": [Image.new("L", (8, 8)), Image.new("L", (8, 8))],
+    "of several lines": ["tulip\nred", "rose\twhite"],
+    "empty": ["", "rose"],
 }
 
 
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-def test_labels_may_be_anything(train_own, labels):
+def test_labels_may_be_anything(train_own, tmp_path, capsys, labels):
     assert train_own(np.zeros((6, 8, 8, 3), np.uint8), labels)["epochs"] == 1
+    assert "warning" not in capsys.readouterr().err
+    species = tmp_path / "run" / "00001" / "test_latents" / "metadata.tsv"
+    assert len(species.read_text().splitlines()) == 6 * len(labels)  # one for each point
+
+
+class Alone(list):
+    """Pictures without labels, whose attribute ``classes`` a test may set."""
+
+    classes: ClassVar[object] = None
+
+
+@pytest.mark.parametrize("classes", [3, {"rose": 0, "lily": 1}, ["rose"], np.array(3), "rose"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_classes_may_be_anything_and_labels_missing(
+    tmp_path, monkeypatch, capsys, classes, labelled
+):
+    def own(split, transform=np.asarray):
+        pictures = [transform(Image.new("RGB", (8, 8), (n, 0, 0))) for n in range(8)]
+        given = Alone(zip(pictures, range(8), strict=True)) if labelled else Alone(pictures)
+        given.classes = classes
+        return given
+
+    monkeypatch.setitem(DATASETS, "own", own)
+    assert train_small(tmp_path / "run", dataset="own", epochs=1)["epochs"] == 1
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("crop", "mean"), [(True, 1), (False, 1 / 3)])

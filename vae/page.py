@@ -140,7 +140,7 @@ def write_page(
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     html = environment.get_template("report.html").render(page)
     with replace_atomically(run.folder / "report.html") as file:
-        file.write(html.encode())
+        file.write(html.encode(errors="replace"))  # a folder's name may be no text
 
 
 def read_story(folder: Path) -> list[tuple[int, str]]:

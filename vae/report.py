@@ -3,6 +3,9 @@
 import json
 import math
 import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +17,7 @@ from torch.distributions import MultivariateNormal
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
+from datasets.labels import names_of
 from datasets.memory import InMemory
 from vae.checkpoint import as_plain, replace_atomically
 from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_real, evaluate_samples
@@ -102,10 +106,11 @@ def pairs_grid(model: VAE, test: InMemory, count: int) -> Tensor:
 def write_report(
     run: Run, writer: SummaryWriter, model: VAE, loss: ELBOLoss, splits: Splits
 ) -> dict[str, Any]:
-    """Measure the trained model; leave metrics, pictures and latents; return the metrics.
+    """Measure the trained model; leave latents, metrics and pictures; return the metrics.
 
     The model is in ``eval()`` mode, ``loss`` the one that it was trained with, at its final beta.
-    ``FloatingPointError`` if the loss is not finite.
+    What fails of TensorBoard's HParams and Projector or of report.html is a warning. ``FloatingPointError`` if the
+    loss is not finite.
     """
     run.in_epoch = False  # wherever the loop ended: from here on a signal stops at once
     train, _, test = splits
@@ -117,17 +122,31 @@ def write_report(
     metrics |= measure_samples(model, latents, train, test)
     metrics["test_pictures"] = len(test)
     metrics["advice"] = advice(metrics, run.history)
+    # The result comes first, so that nothing that is only shown can cost it. With latents in it, a
+    # checkpoint is that of a run which has ended
+    covariance = latents.covariance_matrix.cpu()
+    run.save(latents={"mean": latents.mean.cpu(), "covariance": covariance})
     content = json.dumps(metrics, indent=2, default=str)
     with replace_atomically(run.folder / "metrics.json") as file:
         file.write(content.encode())
     save_pictures(run.folder, model, latents, test)
-    write_hparams(writer, run.options, metrics["test"])
-    write_projector(writer, model, test, run.epochs_done)
-    # The last thing: a checkpoint that has latents is that of a run which has ended.
-    covariance = latents.covariance_matrix.cpu()
-    run.save(latents={"mean": latents.mean.cpu(), "covariance": covariance})
-    write_page(run, model, splits, metrics)
+    with warning_if_it_fails("TensorBoard's HParams"):
+        write_hparams(writer, run.options, metrics["test"])
+    with warning_if_it_fails("TensorBoard's Projector"):
+        write_projector(writer, model, test, run.epochs_done)
+    with warning_if_it_fails("report.html"):
+        write_page(run, model, splits, metrics)
     return json.loads(content)  # as everybody reads them: a list in place of each tuple
+
+
+@contextmanager
+def warning_if_it_fails(name: str) -> Iterator[None]:
+    """Let a run end well that cannot write all that it shows, and say why it is not there."""
+    try:
+        yield
+    except Exception as error:  # whatever labels and options of the reader's own lead to
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"warning: {name} is not complete: {reason}", file=sys.stderr)
 
 
 def measure_splits(model: VAE, loss: ELBOLoss, splits: Splits) -> dict[str, Any]:
@@ -196,16 +215,5 @@ def write_projector(writer: SummaryWriter, model: VAE, test: InMemory, epoch: in
     device = next(model.parameters()).device
     means = torch.cat([model.encoder(batch.to(device))[0] for batch in pictures.split(64)])
     thumbnails = pictures[:, : 3 if pictures.shape[1] >= 3 else 1]  # as many as it can show
-    names = species_names(labels, test.classes)
+    names = names_of(labels, test.classes)
     writer.add_embedding(means, names, thumbnails, epoch, "test_latents")
-
-
-def species_names(labels: list[Any], classes: Any) -> list[str]:
-    """Return labels as text: the names in ``classes`` where each label is one's place there."""
-
-    def is_place(label: Any) -> bool:
-        return isinstance(label, int) and 0 <= label < len(classes)
-
-    if classes is not None and all(is_place(label) for label in labels):
-        labels = [classes[label] for label in labels]
-    return [str(label) for label in labels]

@@ -1,6 +1,3 @@
-import shutil
-import socket
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,11 +5,11 @@ import torch
 from helpers import write_photograph
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import DTD, Flowers102
+from torchvision.datasets import CIFAR10, DTD, FakeData, Flowers102
 from torchvision.transforms import Compose, Resize, ToTensor
 
-import datasets
-from datasets import download, find_dataset
+from datasets import find_dataset
+from datasets.downloads import LOCK
 from datasets.errors import UserError
 from datasets.folder import PictureFolder
 from datasets.memory import InMemory
@@ -21,21 +18,7 @@ from datasets.synthetic import SyntheticFlowers
 DATASETS = {"flowers102": Flowers102, "dtd": DTD, "synthetic": SyntheticFlowers}
 
 ARCHIVE = "102flowers.tgz"
-FILES = (ARCHIVE, "imagelabels.mat", "setid.mat")
 PIPELINE = Compose([Resize((8, 8)), ToTensor()])
-
-
-def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def stall(server, handler) -> None:
-    """Send the beginning of a file, and then nothing."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "100000")
-    handler.end_headers()
-    handler.wfile.write(bytes(1000))
-    server.say_nothing(handler)
 
 
 # The data set "auto".
@@ -99,12 +82,36 @@ def test_a_folder_is_a_data_set(tmp_path, monkeypatch):
         assert val[0][0].shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("name", ["mnist", __file__])
+@pytest.mark.parametrize("name", ["roses", __file__])
 def test_another_name_is_refused_in_one_line_that_has_all_names(tmp_path, name):
     with pytest.raises(UserError, match=f"--dataset is {name}: no such folder") as error:
         find_dataset(name, tmp_path, DATASETS)
     assert all(name in str(error.value) for name in DATASETS)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("cifar", "CIFAR10 or CIFAR100"), ("fashion-mnist", "FashionMNIST"), ("flower", "flowers102")],
+)
+def test_a_name_that_is_nearly_right_is_told_the_right_one(tmp_path, name, near):
+    with pytest.raises(UserError, match=rf"is it {near}\?$"):
+        find_dataset(name, tmp_path, DATASETS)
+
+
+@pytest.mark.parametrize("name", ["Flowers102", "FLOWERS102"])
+def test_a_name_may_be_written_in_upper_and_lower_case(data_root, name):
+    assert find_dataset(name, data_root, DATASETS)[0] == "flowers102"
+
+
+def test_a_folder_that_is_called_as_a_data_set_is_not_taken_for_it_and_said(
+    data_root, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "flowers102").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_dataset("flowers102", data_root, DATASETS)[0] == "flowers102"
+    line = f"note: flowers102 is the data set, and {tmp_path / 'flowers102'} the folder\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("name", ["auto", "flowers102"])
@@ -141,10 +148,26 @@ class Stamps(Dataset):
 
 def test_a_class_of_the_readers_own_is_one_more_entry(tmp_path):
     _, dataset = find_dataset("stamps", tmp_path, DATASETS | {"stamps": Stamps})
-    assert names_in(tmp_path) == {"stamps"}
+    assert {path.name for path in tmp_path.iterdir()} - {LOCK} == {"stamps"}
     pictures = InMemory(dataset(split="val", transform=PIPELINE))
     assert pictures.pixels[:, 0, 0, 0].tolist() == [3, 4, 5]
     assert pictures.labels == [0, 1, 2]
+
+
+def test_a_split_that_the_readers_own_class_lacks_is_downloaded(tmp_path):
+    class Page(Stamps):
+        """It downloads the split that it is called with, and no other."""
+
+        def __init__(self, root, split="train", transform=None, download=False) -> None:
+            if download:
+                path = Path(root) / "stamps" / split / "1.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (9, 9)).save(path)
+            super().__init__(root, split, transform)
+
+    (tmp_path / "stamps" / "train").mkdir(parents=True)
+    _, dataset = find_dataset("page", tmp_path, {"page": Page})
+    assert [len(dataset(split=split)) for split in ("train", "val", "test")] == [0, 1, 1]
 
 
 def test_an_error_in_the_readers_own_class_keeps_its_traceback(tmp_path):
@@ -156,54 +179,51 @@ def test_an_error_in_the_readers_own_class_keeps_its_traceback(tmp_path):
         find_dataset("broken", tmp_path, {"broken": Broken})
 
 
-# download().
+def untouched(*_: object, **__: object) -> None:
+    raise AssertionError("something was read")
 
 
-def test_a_download_leaves_the_flowers_unpacked_and_nothing_else(server, tmp_path, capsys):
-    root = tmp_path / "some" / "data"
-    before = socket.getdefaulttimeout()
-    download("flowers102", root, Flowers102)
-    assert socket.getdefaulttimeout() == before != datasets.TIMEOUT
-    assert f"Downloading flowers102 to {root}\n" in capsys.readouterr().err
-    assert names_in(root) == {"flowers-102"}
-    assert names_in(root / "flowers-102") == {*FILES, "jpg"}
-    assert len(list((root / "flowers-102" / "jpg").iterdir())) == 60
+OTHER_CALLS = {
+    "takes no split:": lambda root, transform=None: untouched(),
+    "takes no transform:": lambda split="train": untouched(),
+    "takes no split and no transform:": lambda root: untouched(),
+    "needs table, too:": lambda table, split="train", transform=None: untouched(),
+}
 
 
-@pytest.mark.parametrize("part", ["jpg", "imagelabels.mat"])
-def test_flowers_that_lack_a_part_are_named_and_not_touched(server, data_root, part):
-    folder = data_root / "flowers-102"
-    path = folder / part
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    before = names_in(folder)
-    with pytest.raises(UserError, match=f"{folder} is there, damaged or .*move it away"):
-        find_dataset("flowers102", data_root, DATASETS)
-    assert names_in(folder) == before
-    assert names_in(data_root) == {"flowers-102"}
+@pytest.mark.parametrize(("message", "own"), OTHER_CALLS.items(), ids=OTHER_CALLS)
+def test_a_class_that_cannot_be_called_is_told_so_before_anything_is_read(tmp_path, message, own):
+    with pytest.raises(UserError, match=f"the class of own {message} the top of datasets/__init"):
+        find_dataset("own", tmp_path, {"own": own})
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("fault", ["cut_off", "garble"])
-def test_after_a_damaged_download_nothing_is_left_and_the_next_succeeds(
-    server, tmp_path, name, fault
-):
-    server.faults[name] = getattr(server, fault)
-    with pytest.raises(UserError, match="the download of flowers102 is damaged"):
-        download("flowers102", tmp_path, Flowers102)
-    assert names_in(tmp_path) == set()
-    server.faults.clear()
-    download("flowers102", tmp_path, Flowers102)
-    assert len(Flowers102(tmp_path, "train")) == 20
+def test_a_class_upon_torchvisions_that_takes_train_is_told_that_split_is_needed(tmp_path):
+    class Mine(CIFAR10):
+        """A class of the reader's own, in spite of what it is made of."""
+
+        def __init__(self, root, train=True, **more) -> None:
+            untouched()
+
+    with pytest.raises(UserError, match="the class of mine takes no split"):
+        find_dataset("mine", tmp_path, {"mine": Mine})
 
 
-@pytest.mark.parametrize("name", [ARCHIVE, "setid.mat"])
-@pytest.mark.parametrize("fault", ["say_nothing", "stall", "fail", "speak_another_language"])
-def test_a_server_that_does_not_answer_counts_as_unreachable(
-    server, tmp_path, monkeypatch, name, fault
-):
-    monkeypatch.setattr(datasets, "TIMEOUT", 0.3)
-    server.faults[name] = partial(stall, server) if fault == "stall" else getattr(server, fault)
-    with pytest.raises(ConnectionError, match="cannot be reached") as error:
-        download("flowers102", tmp_path, Flowers102)
-    assert "\n" not in str(error.value)
-    assert names_in(tmp_path) == set()
+def test_an_object_in_the_place_of_a_class_is_told_so(tmp_path):
+    with pytest.raises(UserError, match="own stands for an object of FakeData: give the class"):
+        find_dataset("own", tmp_path, {"own": FakeData()})
+
+
+def test_a_class_may_have_just_a_split_and_a_transform_without_defaults(tmp_path):
+    def own(split, transform):
+        return [(split, transform)]
+
+    _, dataset = find_dataset("own", tmp_path, {"own": own})
+    assert dataset(split="val", transform=3) == [("val", 3)]
+
+
+def test_whatever_takes_more_is_called_with_all_that_a_data_set_takes(tmp_path):
+    def own(**more):
+        return sorted(more)
+
+    _, dataset = find_dataset("own", tmp_path, {"own": own})
+    assert dataset(split="val", transform=3) == ["root", "split", "transform"]

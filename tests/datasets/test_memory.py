@@ -10,13 +10,14 @@ import torch
 from helpers import seeded
 from pictures import fill
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import Compose, Resize, ToTensor, v2
 
 from datasets.errors import DamagedPicture, UserError
 from datasets.folder import PictureFolder
+from datasets.labels import as_text
 from datasets.memory import InMemory
 
 SMALL = Compose([Resize((8, 8)), ToTensor()])
@@ -114,6 +115,28 @@ def test_numpys_numbers_become_pythons():
 @pytest.mark.parametrize("label", [{"species": 1}, torch.tensor(3), None, (1, 2), "rose"])
 def test_other_labels_come_back_as_they_were(label):
     assert read(Listed((ONE, label), (ONE, label))).labels == [label, label]
+
+
+def test_a_data_set_of_images_alone_is_taken():
+    pictures = read(Listed(ONE, ONE / 2))
+    assert pictures.labels == [None, None]
+    assert pictures[1][0].max() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("labels", [(None, None), (torch.zeros(2), torch.zeros(3)), (1, "rose")])
+def test_a_loader_gets_labels_that_make_no_batch_as_text(labels):
+    pictures = read(Listed(*((ONE, label) for label in labels)))
+    (_, batch), *_ = DataLoader(pictures, batch_size=2)
+    assert list(batch) == [as_text(label) for label in labels]
+    assert all(kept is label for kept, label in zip(pictures.labels, labels, strict=True))
+
+
+def test_a_part_of_a_data_set_has_its_name_and_classes():
+    dataset = noise(5)
+    dataset.classes = ["lily", "rose"]
+    pictures = read(Subset(Subset(dataset, [1, 2, 4]), [0, 2]))
+    assert (pictures.name, pictures.classes) == ("Listed", ["lily", "rose"])
+    assert pictures.labels == [1, 4]
 
 
 # What is refused.

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import SMALL, read_events, seed_as, seeded, tiles, train_small, write_checkpoint
+from conftest import SIZES, SmallPictures
+from helpers import (
+    SMALL,
+    assert_same_run,
+    read_events,
+    seed_as,
+    seeded,
+    tiles,
+    train_small,
+    write_checkpoint,
+    write_photograph,
+)
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -23,7 +35,7 @@ from vae.latent import fit_latents
 from vae.losses import ELBOLoss
 from vae.run import Run
 from vae.vae import VAE
-from vae_training import Options
+from vae_training import DATASETS, Options
 
 # It looks at the validation split twice, ends with a beta below its final one, and comes so far
 # that samples from the prior differ from those of the fitted latents.
@@ -262,6 +274,54 @@ def test_the_projector_shows_five_hundred_pictures_from_all_over_at_most(model, 
         report.write_projector(writer, model, pictures_of(2500), epoch=3)
     species = (tmp_path / "00003" / "test_latents" / "metadata.tsv").read_text().split()
     assert species == [str(label) for label in range(2499, 0, -5)]
+
+
+def test_a_label_of_several_lines_is_one_line_in_the_projector(model, tmp_path):
+    labelled = Pairs(zip(torch.rand(3, 3, 8, 8), ["a\nb\tc", "", None], strict=True))
+    with SummaryWriter(tmp_path) as writer:
+        report.write_projector(writer, model, InMemory(labelled, progress=False), epoch=1)
+    species = (tmp_path / "00001" / "test_latents" / "metadata.tsv").read_text().splitlines()
+    assert species == ["a b c", '""', "None"]
+
+
+# What fails of what is only shown.
+
+
+class Unspeakable:
+    """A class's name that cannot be written down."""
+
+    def __str__(self) -> str:
+        raise LookupError("it has\nno name")
+
+
+class Nameless(SmallPictures):
+    """Pictures whose labels have names that cannot be written down."""
+
+    classes: ClassVar[list[Any]] = [Unspeakable()] * 102
+
+
+def test_a_projector_that_fails_is_a_warning_and_costs_nothing(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(DATASETS, "small", Nameless)
+    train_small(tmp_path / "run", **RUN)
+    warning = "warning: TensorBoard's Projector is not complete: LookupError: it has no name\n"
+    assert capsys.readouterr().err == warning
+    assert_same_run(tmp_path / "run", run)
+
+
+def test_hparams_that_fail_are_a_warning_and_cost_nothing(tmp_path, capsys):
+    name = os.fsdecode(b"flo\xffwers")
+    try:
+        for split in SIZES:
+            write_photograph(tmp_path / name / split / "1.jpg")
+    except OSError:
+        pytest.skip("this system's names are all UTF-8")
+    metrics = train_small(tmp_path / "run", dataset=str(tmp_path / name), epochs=1)
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_bytes())
+    *_, latents = load_model(tmp_path / "run" / "checkpoint.pt")
+    assert latents is not None
+    assert (tmp_path / "run" / "projector_config.pbtxt").exists()
+    warning = "warning: TensorBoard's HParams is not complete: UnicodeEncodeError: 'utf-8' codec"
+    assert capsys.readouterr().err.startswith(warning)
 
 
 # The first words.
