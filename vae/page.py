@@ -79,11 +79,12 @@ def keep_moment(run: Run, model: VAE, splits: Sequence[InMemory], epoch: int) ->
     # A quarter of the training pictures are enough for a look.
     try:
         latents = fit_latents(model, (x[::4] for x in train.batches(256)))
-    except ValueError:  # PyTorch's, for latents that are not finite: the run diverges
+        root = latents.scale_tril
+    except (ValueError, torch.linalg.LinAlgError):  # too large or not finite: the run diverges
         return
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(ACROSS, model.latent_size, generator=generator).to(mean)
-    z = latents.mean + noise @ latents.scale_tril.T
+    z = latents.mean + noise @ root.T
     images = torch.cat((model.decoder(mean), model.decoder(z)))
     folder = run.folder / "story"
     folder.mkdir(exist_ok=True)

@@ -109,8 +109,8 @@ def write_report(
     """Measure the trained model; leave latents, metrics and pictures; return the metrics.
 
     The model is in ``eval()`` mode, ``loss`` the one that it was trained with, at its final beta.
-    What fails of TensorBoard's HParams and Projector or of report.html is a warning. ``FloatingPointError`` if the
-    loss is not finite.
+    What fails of TensorBoard's HParams and Projector, or of report.html, is a warning.
+    ``FloatingPointError`` if the loss is not finite.
     """
     run.in_epoch = False  # wherever the loop ended: from here on a signal stops at once
     train, _, test = splits
