@@ -19,7 +19,7 @@ class Reconstruction(NamedTuple):
 
     name: str
     squared_error: float  # per test picture
-    explained: float  # the share of what differs between test pictures
+    explained: float | None  # the share of what differs between test pictures, if anything does
 
 
 class Drawn(NamedTuple):
@@ -41,7 +41,10 @@ def reconstruction_rows(metrics: Metrics) -> list[Reconstruction]:
         "the model, z sampled": test["squared_error"],
         "the model, z the mean": test["squared_error_mean"],
     }
-    return [Reconstruction(name, error, 1 - error / most) for name, error in errors.items()]
+    return [
+        Reconstruction(name, error, 1 - error / most if most else None)
+        for name, error in errors.items()
+    ]
 
 
 def drawn_rows(metrics: Metrics) -> list[Drawn]:
@@ -96,7 +99,8 @@ def summary_text(metrics: Metrics, folder: Path) -> str:
     test, latent_size = metrics["test"], metrics["architecture"]["latent_size"]
     lines = [f"{'Reconstructed test pictures':42}{'squared error':>15}{'explained':>12}"]
     for way in reconstruction_rows(metrics):
-        lines.append(f"  {way.name:40}{way.squared_error:15.1f}{way.explained:12.0%}")
+        line = f"  {way.name:40}{way.squared_error:15.1f}"
+        lines.append(line if way.explained is None else f"{line}{way.explained:12.0%}")
     lines.append(
         f"  KL divergence {test['kl']:.1f} nats; "
         f"{test['active_units']} of {latent_size} latent dimensions active"

@@ -69,6 +69,12 @@ def test_each_description_explains_a_share_of_what_the_mean_picture_leaves():
     ]
 
 
+def test_of_pictures_that_are_all_the_same_nothing_is_explained():
+    metrics = invented(mean_picture__squared_error=0.0)
+    assert {row.explained for row in reconstruction_rows(metrics)} == {None}
+    assert "0%" not in summary_text(metrics, Path("runs/a")).partition("New pictures")[0]
+
+
 def test_new_pictures_stand_beside_real_ones_and_pcas():
     assert [tuple(row) for row in drawn_rows(invented())] == [
         ("real pictures", 1.9, 0.7, 0.65),
