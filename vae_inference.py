@@ -24,7 +24,15 @@ from tyro.conf import OmitArgPrefixes, Positional, PositionalRequiredArgs, arg
 from datasets.errors import UserError
 from datasets.preprocessing import image_pipeline, read_picture
 from vae.checkpoint import load_model, replace_atomically
-from vae.command_line import INCLUDED, check, find_checkpoint, one_line_errors, with_home
+from vae.command_line import (
+    INCLUDED,
+    check,
+    find_checkpoint,
+    one_line_errors,
+    run_to_resume,
+    with_home,
+)
+from vae.compare import comparison_page
 from vae.latent import main_directions, near, prior, variation_per_dimension
 from vae.run import find_device, own_random
 from vae.vae import VAE
@@ -153,6 +161,22 @@ def explore(settings: Settings, picture: Positional[Path | None] = None) -> None
         file.write(page.replace("{{model}}", json.dumps(exported)).encode())
 
 
+def compare(
+    runs: Positional[tuple[str, ...]] = (), log_dir: Path = RUNS, output: Path | None = None
+) -> None:
+    """Runs side by side on a web page: names or folders; if none is given, the newest twelve."""
+    check("the number of runs", len(runs), 0, 12)
+    folders = [run_to_resume(log_dir, name) for name in runs]
+    folders = folders or [path.parent for path in ended_runs(log_dir)[:12]]
+    if not folders:
+        raise no_run_in(log_dir)
+    file_name = find_output(output, "compare.html", [])
+    page = comparison_page(folders)
+    with replace_atomically(file_name) as file:
+        file.write(page.encode())
+    print(file_name)
+
+
 # What all commands need.
 
 
@@ -196,15 +220,26 @@ def drawing(
 
 
 def newest_run(log_dir: Path) -> Path | None:
-    """Return the checkpoint of the run in ``log_dir`` that has ended last.
+    """Return the checkpoint of the run that has ended last.
 
     None where there is none; ``UserError`` for that in a ``--log-dir`` of the reader's own.
     """
+    found = ended_runs(log_dir)
+    if not found and log_dir.absolute() != RUNS.absolute():
+        raise no_run_in(log_dir)
+    return found[0] if found else None
+
+
+def ended_runs(log_dir: Path) -> list[Path]:
+    """Return the checkpoints of the runs in ``log_dir`` that have ended, the newest first."""
     ended = [path.with_name("checkpoint.pt") for path in log_dir.rglob("metrics.json")]
     found = [path for path in ended if path.is_file()]
-    if not found and log_dir.absolute() != RUNS.absolute():
-        raise UserError(f"{log_dir} has no run that has ended: train one, or give --checkpoint")
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def no_run_in(log_dir: Path) -> UserError:
+    """Return what to say of a folder without a run that has ended."""
+    return UserError(f"{log_dir} has no run that has ended: train one, or name another")
 
 
 def find_output(given: Path | None, usual_name: str, inputs: Sequence[Path]) -> Path:
@@ -344,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line says and write one file."""
     with one_line_errors():
         tyro.extras.subcommand_cli_from_dict(
-            {f.__name__: f for f in (similar, sample, interpolate, traverse, explore)},
+            {f.__name__: f for f in (similar, sample, interpolate, traverse, explore, compare)},
             prog="vae_inference.py",
             description=__doc__,
             args=with_home(arguments),

@@ -437,7 +437,7 @@ def test_the_first_run_takes_the_place_of_the_model_that_comes_with_the_reposito
 def test_another_folder_without_a_run_that_has_ended_is_refused(folder, capsys, name):
     write_run("unfinished", ended=False)
     line = fails(f"sample --log-dir {name}", capsys)
-    assert f"{name} has no run that has ended: train one, or give --checkpoint" in line
+    assert f"{name} has no run that has ended: train one, or name another" in line
 
 
 def test_of_a_run_that_has_not_ended_the_prior_stands_in_with_a_warning(draw, capsys):
