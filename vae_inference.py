@@ -1,9 +1,7 @@
 """See what a trained model has learnt: ``python vae_inference.py similar photograph.jpg``."""
 
-import json
 import math
 import sys
-from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +12,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 from PIL import ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import MultivariateNormal
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.transforms import Compose, Grayscale, ToPILImage
 from torchvision.utils import make_grid
 from tyro.conf import OmitArgPrefixes, Positional, PositionalRequiredArgs, arg
@@ -33,24 +30,16 @@ from vae.command_line import (
     with_home,
 )
 from vae.compare import comparison_page
-from vae.latent import main_directions, near, prior, variation_per_dimension
+from vae.explore import page_of_sliders
+from vae.latent import near, prior, variation_per_dimension
 from vae.run import find_device, own_random
 from vae.vae import VAE
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "vae" / "runs"
+# The data sets of flowers: what a model of another one draws is called a picture.
+FLOWERS = ("flowers102", "synthetic")
 SIGNATURE = "vae_inference.py"  # stands in every file that is written here
-
-SLIDERS = 10  # at most, on the page that explore writes
-ONE_EACH = (
-    "Each slider is one latent dimension. The percentage is the dimension's share of the variation "
-    "among the decoder's pictures; where dimensions act together, their shares overlap."
-)
-LEADING = (
-    "The sliders are the ten directions in the latent space along which the decoder's pictures "
-    "change most, in standard deviations of the training pictures; the percentage is the share of "
-    "all change. What no slider moves stays as it is; Random flower draws all of it."
-)
 
 
 @dataclass(frozen=True)
@@ -78,12 +67,12 @@ Steps = Annotated[int, arg(help="pictures in a row, both ends included")]
 # The commands.
 
 
-def similar(settings: Settings, pictures: Pictures, count: Count = 8, spread: Spread = 0.3) -> None:
+def similar(settings: Settings, pictures: Pictures, count: Count = 8, spread: Spread = 0.5) -> None:
     """A picture, its reconstruction, and new flowers near it."""
     check("the number of pictures", len(pictures), 1, 1000)
     check("--count", count, 1, 1000)
     check("--spread", spread, 0, 1)
-    with drawing(settings, "similar.png", pictures) as (file, model, latents, images):
+    with drawing(settings, "similar.png", pictures) as (file, model, latents, images, _):
         rows = []
         for x in images:
             mean, _ = model.encoder(x)
@@ -95,7 +84,7 @@ def similar(settings: Settings, pictures: Pictures, count: Count = 8, spread: Sp
 def sample(settings: Settings, count: Count = 50, source: Source = "data") -> None:
     """New flowers."""
     check("--count", count, 1, 1000)
-    with drawing(settings, "sample.png") as (file, model, latents, _):
+    with drawing(settings, "sample.png") as (file, model, latents, *_):
         distribution = latents if source == "data" else prior(model)
         images = model.decoder(distribution.sample((count,)))
         twice_as_wide_as_high = math.ceil(math.sqrt(2 * count))
@@ -105,7 +94,7 @@ def sample(settings: Settings, count: Count = 50, source: Source = "data") -> No
 def interpolate(settings: Settings, pictures: tuple[Path, Path], steps: Steps = 8) -> None:
     """The way from one picture's reconstruction to another's, between the two pictures."""
     check("--steps", steps, 2, 100)
-    with drawing(settings, "interpolate.png", pictures) as (file, model, _, (start, end)):
+    with drawing(settings, "interpolate.png", pictures) as (file, model, _, (start, end), _):
         start_mean, _ = model.encoder(start)
         end_mean, _ = model.encoder(end)
         shares = torch.linspace(0, 1, steps, device=start.device)[:, None]
@@ -118,47 +107,33 @@ def interpolate(settings: Settings, pictures: tuple[Path, Path], steps: Steps = 
 def traverse(settings: Settings, picture: Path, steps: Steps = 7) -> None:
     """What each latent dimension does to a picture, moved by -3 to 3 standard deviations."""
     check("--steps", steps, 2, 100)
-    with drawing(settings, "traverse.png", [picture], included="ten") as (
-        file,
-        model,
-        latents,
-        (x,),
-    ):
+    with drawing(settings, "traverse.png", [picture], "ten") as (file, model, latents, (x,), _):
         mean, _ = model.encoder(x)
         places = ((mean[0] - latents.mean) / latents.stddev).tolist()
         moves = torch.linspace(-3, 3, steps, device=mean.device)
         shares, order = variation_per_dimension(model, latents).sort(descending=True)
-        # A row for each dimension: first the reconstruction, then the dimension moved.
-        z = mean.repeat(model.latent_size, 1 + steps, 1)
-        row_names = []
-        for row, (share, i) in enumerate(zip(shares.tolist(), order.tolist(), strict=True)):
-            z[row, 1:, i] = latents.mean[i] + moves * latents.stddev[i]
+        reconstruction = model.decoder(mean)
+        rows, row_names = [], []
+        for share, i in zip(shares.tolist(), order.tolist(), strict=True):
+            z = mean.repeat(steps, 1)
+            z[:, i] = latents.mean[i] + moves * latents.stddev[i]
+            rows += [x, reconstruction, model.decoder(z)]
             row_names.append(f"z{i} ({share:.0%})\nis {places[i]:.2f} sd")
-        captions = ["reconstruction", *(f"{move:.3g} sd" for move in moves.tolist())]
-        draw_grid(file, model.decoder(z.flatten(0, 1)), 1 + steps, captions, row_names)
+        captions = ["picture", "reconstruction", *(f"{move:.3g} sd" for move in moves.tolist())]
+        draw_grid(file, torch.cat(rows), 2 + steps, captions, row_names)
 
 
 def explore(settings: Settings, picture: Positional[Path | None] = None) -> None:
-    """A web page with up to ten sliders for a picture, which needs nothing but itself."""
+    """A web page with up to ten sliders, on which photographs can be chosen, too.
+
+    It needs nothing but itself. A picture that is given stands in it, as small as the model sees it.
+    """
     pictures = [picture] if picture else []
-    with drawing(settings, "explore.html", pictures) as (file, model, latents, images):
-        layers = layers_of_page(model.decoder, latents.mean + latents.stddev.diag())
-        start = model.encoder(images[0])[0] if images else latents.sample((1,))
-        if model.latent_size <= SLIDERS:
-            sliders, explanation = sliders_of_dimensions(model, latents, start[0]), ONE_EACH
-        else:
-            sliders, explanation = sliders_of_directions(model, latents, start[0]), LEADING
-        exported = {
-            "features": model.decoder.feature_shape,
-            "sliders": sliders,
-            "start": start[0].tolist(),
-            "centre": latents.mean.tolist(),
-            "scale": latents.scale_tril.tolist(),
-            "layers": [{"weight": as_base64(w), "bias": as_base64(b)} for w, b in layers],
-        }
-        page = (ROOT / "vae" / "explore.html").read_text(encoding="utf-8")
-        page = page.replace("{{sliders}}", explanation)
-        file.write(page.replace("{{model}}", json.dumps(exported)).encode())
+    with drawing(settings, "explore.html", pictures) as (file, model, latents, images, options):
+        noun = "flower" if options.get("dataset") in FLOWERS else "picture"
+        start = images[0] if images else None
+        page = page_of_sliders(model, latents, start, options["crop"], noun)
+        file.write(page.encode())
 
 
 def compare(
@@ -187,6 +162,7 @@ class Drawing(NamedTuple):
     model: VAE
     latents: MultivariateNormal
     images: list[Tensor]  # the pictures that were given, each [1, channels, height, width]
+    options: dict[str, Any]  # the model's, when it was trained; ``crop`` also as it is asked for
 
 
 @contextmanager
@@ -209,11 +185,12 @@ def drawing(
         if latents is None:
             print("warning: its run has not ended: drawn from the prior, so worse", file=sys.stderr)
             latents = prior(model)
-        to_input = as_in_training(model, settings.crop or options.get("crop", False))
+        options = options | {"crop": settings.crop or bool(options.get("crop"))}
+        to_input = as_in_training(model, options["crop"])
         images = [to_input(read_picture(path))[None].to(device) for path in pictures]
         torch.manual_seed(settings.seed % 2**64)
         with replace_atomically(output) as file, torch.inference_mode():
-            yield Drawing(file, model, latents, images)
+            yield Drawing(file, model, latents, images, options)
     print(output)
     dataset = options.get("dataset")
     print(f"drawn by the model in {checkpoint} ({dataset})", file=sys.stderr)
@@ -259,97 +236,6 @@ def as_in_training(model: VAE, crop: bool) -> Compose:
     """Return what makes the model's input, [channels, height, width] in [0, 1], of a picture."""
     grey = [Grayscale()] if model.image_channels == 1 else []
     return Compose([*grey, image_pipeline(model.image_resolution, crop)])
-
-
-def layers_of_page(decoder: Any, z: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return weight and bias of the decoder's layers as the page needs them.
-
-    That is one linear layer, and three transposed convolutions with kernels of 2x2; batch norms are
-    folded into them. ``UserError`` where the page would draw something else from ``z``,
-    [batch, latent].
-    """
-    can = "one linear layer and three transposed convolutions, with batch norms and ReLUs between"
-    refusal = UserError(f"this decoder does more than the page can: explore draws {can} them")
-    try:
-        layers = [
-            decoder.fc,
-            with_norm_folded_in(decoder.deconv1, decoder.norm1),
-            with_norm_folded_in(decoder.deconv2, decoder.norm2),
-            decoder.deconv3,
-        ]
-        kernels = [tuple(layer.weight.shape[2:]) for layer in layers]
-        if kernels != [(), (2, 2), (2, 2), (2, 2)]:
-            raise refusal
-        x = F.linear(z, layers[0].weight, layers[0].bias).unflatten(1, decoder.feature_shape)
-        for layer in layers[1:3]:
-            x = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2).relu()
-        x = F.conv_transpose2d(x, layers[3].weight, layers[3].bias, stride=2).sigmoid()
-    except (AttributeError, RuntimeError, TypeError) as error:  # layers of other names or kinds
-        raise refusal from error
-    images = decoder(z)
-    if x.shape != images.shape or not torch.allclose(x, images, atol=1e-3):
-        raise refusal
-    return [(layer.weight, layer.bias) for layer in layers]
-
-
-def sliders_of_dimensions(
-    model: VAE, latents: MultivariateNormal, start: Tensor
-) -> list[dict[str, Any]]:
-    """Return a slider for each latent dimension, the one that changes pictures most first.
-
-    Each has its name, its share of the variation, how far it goes, the ``direction`` in which it
-    moves z, and how its place follows from z: ``reading`` @ (z - ``origin``).
-    """
-    # With a small beta the latents reach farther than the prior's -4 to 4.
-    reach = torch.maximum(start.abs(), latents.mean.abs() + 4 * latents.stddev)
-    shares, order = variation_per_dimension(model, latents).sort(descending=True)
-    units = torch.eye(model.latent_size)
-    return [
-        {
-            "name": f"z{i}",
-            "share": share,
-            "reach": max(4, math.ceil(reach[i].item())),
-            "direction": units[i].tolist(),
-            "reading": units[i].tolist(),
-            "origin": [0.0] * model.latent_size,
-        }
-        for share, i in zip(shares.tolist(), order.tolist(), strict=True)
-    ]
-
-
-def sliders_of_directions(
-    model: VAE, latents: MultivariateNormal, start: Tensor
-) -> list[dict[str, Any]]:
-    """Return sliders along the directions in which pictures vary most, in standard deviations."""
-    directions, shares = main_directions(model, latents, SLIDERS)
-    moves = directions @ latents.scale_tril.T
-    readings = torch.linalg.solve_triangular(
-        latents.scale_tril, directions, upper=False, left=False
-    )
-    places = readings @ (start - latents.mean)
-    return [
-        {
-            "name": f"d{i + 1}",
-            "share": shares[i].item(),
-            "reach": max(4, math.ceil(places[i].abs().item())),
-            "direction": moves[i].tolist(),
-            "reading": readings[i].tolist(),
-            "origin": latents.mean.tolist(),
-        }
-        for i in range(len(directions))
-    ]
-
-
-def with_norm_folded_in(convolution: Any, norm: Any) -> Any:
-    """Return a transposed convolution that does what it and its batch norm do together."""
-    if isinstance(norm, nn.BatchNorm2d):
-        return fuse_conv_bn_eval(convolution, norm, transpose=True)
-    return convolution
-
-
-def as_base64(x: Tensor) -> str:
-    """Return a tensor's values, float32 in order, as text for the page."""
-    return b64encode(x.cpu().numpy().tobytes()).decode()
 
 
 def draw_grid(

@@ -252,19 +252,20 @@ def test_interpolate_draws_the_way_between_two_reconstructions_and_the_pictures(
 def test_traverse_moves_one_dimension_in_each_row_the_largest_share_first(draw, model, latents):
     with seeded():  # as --seed says, which is 0
         shares = variation_per_dimension(model, latents)
-    mean, _ = model.encoder(photograph("a.png"))
+    x = photograph("a.png")
+    mean, _ = model.encoder(x)
     own = (mean[0] - latents.mean) / latents.stddev
     images, names = [], []
     for i in shares.argsort(descending=True):
         names.append(f"z{i} ({shares[i]:.0%})\nis {own[i]:.2f} sd")
-        images.append(model.decoder(mean))
+        images += [x, model.decoder(mean)]
         for step in (-3.0, -1.5, 0.0, 1.5, 3.0):
             z = mean.clone()
             z[0, i] = latents.mean[i] + step * latents.stddev[i]
             images.append(model.decoder(z))
-    captions = ["reconstruction", "-3 sd", "-1.5 sd", "0 sd", "1.5 sd", "3 sd"]
+    captions = ["picture", "reconstruction", "-3 sd", "-1.5 sd", "0 sd", "1.5 sd", "3 sd"]
     pixels = draw("traverse a.png --steps 5")
-    assert_shows(pixels, torch.cat(images), 6, captions, names)
+    assert_shows(pixels, torch.cat(images), 7, captions, names)
 
 
 # What the model sees
