@@ -126,7 +126,7 @@ def traverse(settings: Settings, picture: Path, steps: Steps = 7) -> None:
 def explore(settings: Settings, picture: Positional[Path | None] = None) -> None:
     """A web page with up to ten sliders, on which photographs can be chosen, too.
 
-    It needs nothing but itself. A picture that is given stands in it, as small as the model sees it.
+    It needs nothing but itself. A picture that is given stands in it, as the model sees it.
     """
     pictures = [picture] if picture else []
     with drawing(settings, "explore.html", pictures) as (file, model, latents, images, options):
