@@ -222,7 +222,7 @@ def plot(results: Results, log_dir: Path, path: Path) -> None:
 def plot_reconstructions(checkpoints: dict[str, Path], data_root: Path, path: Path) -> None:
     """Draw a row of reconstructions of the same test photographs by each model; no photographs."""
     figure, axes = pyplot.subplots(
-        len(checkpoints), squeeze=False, figsize=(11, 1.12 * len(checkpoints)), layout="constrained"
+        len(checkpoints), squeeze=False, figsize=(11, 0.92 * len(checkpoints)), layout="constrained"
     )
     for axis, (name, checkpoint) in zip(axes[:, 0], checkpoints.items(), strict=True):
         model = load_model(checkpoint).model
