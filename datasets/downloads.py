@@ -77,7 +77,8 @@ def says_missing(error: Exception, dataset: DatasetClass) -> bool:
     if says_package(error):
         return False
     if is_torchvisions(dataset):
-        return isinstance(error, RuntimeError) or "No such file" in str(error)
+        kinds = RuntimeError | FileNotFoundError
+        return isinstance(error, kinds) or "No such file" in str(error)  # as lmdb's error has it
     takes_download = "download" in parameters_of(dataset)
     return takes_download and isinstance(error, RuntimeError) and "download" in str(error)
 

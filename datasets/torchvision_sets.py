@@ -5,10 +5,9 @@ training pictures, the same ones on every machine.
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -189,12 +188,17 @@ def file_in(value: Any) -> str:
 
 
 def is_grey(dataset: Any) -> bool:
-    """Return whether all pictures are grey, as ten from all over tell.
+    """Return whether all pictures are grey, as some ten from all over tell.
 
-    One would not do: photographs in colour may have a few grey ones among them.
+    One would not do: photographs in colour may have a few grey ones among them. A damaged one tells
+    nothing here; it is named when all are read.
     """
-    places = range(0, len(dataset), math.ceil(len(dataset) / 10))
-    return all(getattr(dataset[place][0], "mode", "") in ("1", "L") for place in places)
+    modes = set()
+    for place in range(0, len(dataset), max(1, len(dataset) // 10)):
+        with suppress(OSError):
+            picture, _ = dataset[place]
+            modes.add(getattr(picture, "mode", ""))
+    return bool(modes) and modes <= {"1", "L"}
 
 
 def as_grey_or_rgb(image: Any, grey: bool) -> Any:

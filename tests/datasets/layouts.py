@@ -213,6 +213,16 @@ def fgvc_aircraft(root: Path, patch: MonkeyPatch) -> None:
         first += count
 
 
+def dtd(root: Path, patch: MonkeyPatch) -> None:
+    folder = root / "dtd" / "dtd"
+    for split, count in {"train": TRAIN, "val": VAL, "test": TEST}.items():
+        kinds = ("banded", "dotted")
+        names = [f"{kinds[n % 2]}/{kinds[n % 2]}_{split}{n}.jpg" for n in range(count)]
+        text(folder / "labels" / f"{split}1.txt", *names)
+        for name in names:
+            photograph(folder / "images" / name)
+
+
 def oxford_iiit_pet(root: Path, patch: MonkeyPatch) -> None:
     folder = root / "oxford-iiit-pet"
     for split, count in {"trainval": TRAIN, "test": TEST}.items():
@@ -413,6 +423,7 @@ LAYOUTS = {
     "PCAM": (pcam, OWN),
     "Food101": (food101, NO_VAL),
     "FGVCAircraft": (fgvc_aircraft, OWN),
+    "DTD": (dtd, OWN),
     "OxfordIIITPet": (oxford_iiit_pet, NO_VAL),
     "GTSRB": (gtsrb, NO_VAL),
     "CelebA": (celeba, OWN),

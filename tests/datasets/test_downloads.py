@@ -96,6 +96,12 @@ def test_a_server_that_does_not_answer_counts_as_unreachable(
     assert names_in(tmp_path) == set()
 
 
+def test_where_all_is_there_nothing_is_written_not_even_the_lock(server, data_root):
+    open_flowers(data_root)
+    assert server.asked_for == []
+    assert {path.name for path in data_root.iterdir()} == {"flowers-102"}
+
+
 def test_what_a_killed_run_had_half_downloaded_goes_with_the_next_download(server, tmp_path):
     (tmp_path / f"{INCOMPLETE}abc" / "files").mkdir(parents=True)
     open_flowers(tmp_path)

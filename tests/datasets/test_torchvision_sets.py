@@ -148,6 +148,24 @@ def test_colours_are_those_of_the_files(tmp_path, monkeypatch):
     assert torch.equal(picture, ToTensor()(Image.open(file)))
 
 
+@pytest.mark.parametrize("damage", ["truncated", "no picture"])
+def test_a_damaged_picture_is_named_even_if_it_is_the_first(tmp_path, monkeypatch, damage):
+    layouts.food101(tmp_path, monkeypatch)
+    path = tmp_path / "food-101" / "images" / "apple_pie" / "train0.jpg"
+    path.write_bytes(path.read_bytes()[:-300] if damage == "truncated" else b"no picture")
+    with pytest.raises(UserError, match=f"^{path} cannot be read as a picture: "):
+        read("food101", tmp_path)
+
+
+def test_a_part_of_files_is_kept_for_the_next_run(tmp_path, monkeypatch, cache_folder):
+    layouts.euro_sat(tmp_path, monkeypatch)
+    first = read("EuroSAT", tmp_path)
+    assert len(list(cache_folder.iterdir())) == 3
+    for split, other in zip(first, read("EuroSAT", tmp_path), strict=True):
+        assert torch.equal(split.pixels, other.pixels)
+    assert len(list(cache_folder.iterdir())) == 3
+
+
 # A choice of the reader's, by a line in DATASETS.
 
 
