@@ -1,6 +1,8 @@
 import io
 import os
+import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, seeded, write_checkpoint, write_photograph
+from helpers import ROOT, seeded, train_small, write_checkpoint, write_photograph
 from PIL import Image
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -524,3 +526,32 @@ def test_a_name_that_is_given_is_replaced_whoever_wrote_it(folder, checkpoint, l
     Path(name).write_bytes(b"somebody's own")
     command(f"{line} --output {name}", checkpoint)
     assert Path(name).read_bytes() != b"somebody's own"
+
+
+# Runs side by side
+
+
+def test_compare_writes_a_page_of_the_runs_that_are_named(folder, capsys):
+    for name in ("one", "other"):
+        train_small(Path("runs") / name)
+    main(["compare", "one", "runs/other", "--log-dir", "runs"])
+    assert capsys.readouterr().out.endswith("compare.html\n")
+    page = Path("compare.html").read_text()
+    assert "by one" in page and "by other" in page
+
+
+def test_compare_takes_the_newest_twelve_runs_that_have_ended(folder):
+    train_small(Path("runs/0"))
+    for age in range(1, 14):
+        copied = shutil.copytree("runs/0", f"runs/{age}")
+        os.utime(f"{copied}/checkpoint.pt", (1e9 - age, 1e9 - age))
+    write_run("unfinished", ended=False)
+    main(["compare", "--log-dir", "runs"])
+    page = Path("compare.html").read_text()
+    shown = {int(name) for name in re.findall(r"New pictures by (\d+)", page)}
+    assert shown == set(range(12))
+    main(["compare", "--log-dir", "runs"])  # its own page is replaced
+
+
+def test_compare_without_a_run_is_told_in_one_line(folder, capsys):
+    assert "nowhere has no run that has ended" in fails("compare --log-dir nowhere", capsys)
