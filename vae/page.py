@@ -13,6 +13,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -136,6 +137,7 @@ def write_page(
             "drawn": drawn_rows(metrics),
             "samples": as_uri(make_grid(pairs, nrow=ACROSS)),
             "extremes": extremes(model, test, device),
+            "dimensions": draw_dimensions(metrics["test"]["kl_per_dimension"]),
         }
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
@@ -233,10 +235,7 @@ def uri_of(png: bytes) -> str:
 
 def draw_chart(chart: Chart, history: History) -> Markup | None:
     """Return a chart as SVG, or None if the run has none of its curves."""
-    style: Any = dict.fromkeys(INKED, INK) | {"axes.facecolor": "none"}
-    with rc_context(style):
-        figure = Figure(figsize=(6, 3.2), layout="constrained", facecolor="none")
-        axis = figure.subplots()
+    figure, axis = new_chart(chart.title, "epoch", chart.unit)
     for (name, tag), style in zip(chart.tags.items(), STYLES, strict=False):
         epochs, values = history.curve(tag)
         if epochs:
@@ -244,14 +243,36 @@ def draw_chart(chart: Chart, history: History) -> Markup | None:
             axis.plot(epochs, values, style, label=name, marker="." if len(epochs) < 20 else None)
     if not axis.lines:
         return None
-    axis.set(xlabel="epoch", ylabel=chart.unit, title=chart.title)
     axis.set_ylim(*shown_range([line.get_xydata() for line in axis.lines]))
+    axis.legend(framealpha=0)
+    return as_svg(figure, chart.title)
+
+
+def draw_dimensions(kl_per_dimension: Sequence[float]) -> Markup:
+    """Return a chart of what each latent dimension says of a test picture, as SVG."""
+    title = "What each latent dimension says"
+    figure, axis = new_chart(title, "latent dimension", "KL divergence, nats per test picture")
+    axis.bar(range(len(kl_per_dimension)), kl_per_dimension)
+    return as_svg(figure, title)
+
+
+def new_chart(title: str, across: str, upwards: str) -> tuple[Figure, Axes]:
+    """Return an empty chart, and its axes with their names."""
+    style: Any = dict.fromkeys(INKED, INK) | {"axes.facecolor": "none"}
+    with rc_context(style):
+        figure = Figure(figsize=(6, 3.2), layout="constrained", facecolor="none")
+        axis = figure.subplots()
+    axis.set(title=title, xlabel=across, ylabel=upwards)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(framealpha=0)
+    return figure, axis
+
+
+def as_svg(figure: Figure, salt: str) -> Markup:
+    """Return a chart as SVG in the colour of the page's text."""
     file = io.StringIO()
-    # A fixed salt: the same run writes the same page.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
+    # The salt makes names inside of it that no other chart has; the same run writes the same page.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         figure.savefig(file, format="svg", metadata={"Date": None})
     svg = file.getvalue()
     return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vae.checkpoint import load_model
 from vae.history import History
-from vae.page import CHARTS, draw_chart, extremes, nearest, shown_range
+from vae.page import CHARTS, draw_chart, draw_dimensions, extremes, nearest, shown_range
 from vae.run import Stopped
 from vae_training import Options, train
 
@@ -185,6 +185,15 @@ def test_a_chart_has_the_texts_colour_named_axes_and_its_curves(history):
     assert "validation" not in texts  # which this run has not measured
     assert "currentColor" in svg
     assert "#010203" not in svg
+
+
+def test_each_latent_dimension_has_a_bar():
+    svg = draw_dimensions([3.0, 0.0, 1.0])
+    texts = " ".join(ElementTree.fromstring(svg).itertext())
+    assert "latent dimension" in texts and "nats per test picture" in texts
+    names = [each.get("id") for each in ElementTree.fromstring(svg).iter() if each.get("id")]
+    # Three bars, and the paper of the figure and of the axes.
+    assert sum(name.startswith("patch_") for name in names) - len(("left", "bottom")) == 5
 
 
 def test_a_run_without_curves_has_no_chart():
