@@ -42,7 +42,7 @@ TRAINING, LAYERS, LOSSES = "vae_training.py", "vae/layers.py", "vae/losses.py"
 
 ADAM = "torch.optim.Adam(model.parameters(), lr=options.learning_rate, fused=True)"
 SCHEDULER = "scheduler = learning_rate_schedule(optimiser, options)"
-MODEL = "model = VAE(**architecture).to(run.device)\n"
+MODEL = "model = VAE(**architecture)\n"
 LOSS = "loss = ELBOLoss(options.beta, options.likelihood)\n"
 STATE = 'state = {"model": model, '
 FIRST_EPOCH = "first_epoch = run.start_or_resume("
@@ -344,7 +344,7 @@ def imported_from(folder: Path) -> Iterator[tuple[ModuleType, ModuleType]]:
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """A copy of the repository's code, to be changed."""
-    for pattern in ("*.py", "vae/*.py", "datasets/*.py"):
+    for pattern in ("*.py", "vae/*.py", "vae/*.html", "datasets/*.py"):
         for path in ROOT.glob(pattern):
             place = tmp_path / "copy" / path.relative_to(ROOT)
             place.parent.mkdir(parents=True, exist_ok=True)

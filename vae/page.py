@@ -1,6 +1,7 @@
 """report.html in a run's folder: one page that tells the run, and needs nothing but itself."""
 
 import io
+import sys
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -214,8 +215,19 @@ def page_at_an_early_end(run: Run, model: VAE, splits: Sequence[InMemory]) -> It
         yield
     except (Stopped, FloatingPointError) as error:
         how = f"Stopped by {error.name}" if isinstance(error, Stopped) else f"Ended: {error}"
-        write_page(run, model, splits, ending=f"{how}.")
+        with warning_if_it_fails("report.html"):
+            write_page(run, model, splits, ending=f"{how}.")
         raise
+
+
+@contextmanager
+def warning_if_it_fails(name: str) -> Iterator[None]:
+    """Let a run end well that cannot write all that it shows, and say why it is not there."""
+    try:
+        yield
+    except Exception as error:  # whatever labels and options of the reader's own lead to
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"warning: {name} is not complete: {reason}", file=sys.stderr)
 
 
 # Pictures and charts, as text of the page.

@@ -3,9 +3,6 @@
 import json
 import math
 import platform
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +20,7 @@ from vae.checkpoint import as_plain, replace_atomically
 from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_real, evaluate_samples
 from vae.latent import fit_latents
 from vae.losses import ELBOLoss
-from vae.page import write_page
+from vae.page import warning_if_it_fails, write_page
 from vae.run import FREE, Run
 from vae.summary import advice
 from vae.vae import VAE
@@ -137,16 +134,6 @@ def write_report(
     with warning_if_it_fails("report.html"):
         write_page(run, model, splits, metrics)
     return json.loads(content)  # as everybody reads them: a list in place of each tuple
-
-
-@contextmanager
-def warning_if_it_fails(name: str) -> Iterator[None]:
-    """Let a run end well that cannot write all that it shows, and say why it is not there."""
-    try:
-        yield
-    except Exception as error:  # whatever labels and options of the reader's own lead to
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"warning: {name} is not complete: {reason}", file=sys.stderr)
 
 
 def measure_splits(model: VAE, loss: ELBOLoss, splits: Splits) -> dict[str, Any]:
