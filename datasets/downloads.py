@@ -89,7 +89,7 @@ def says_package(error: Exception) -> bool:
 
 
 def cannot_download(name: str, root: Path, folder: Path, error: Exception) -> UserError:
-    """Return what to say of a class of torchvision's that has no download, and was asked for one.
+    """Return what to say of a class that has no download, and why.
 
     Besides the class's own words these are the places where it looks for files: what it had noted
     down of paths below ``folder``, in which it was called, when it gave up.
@@ -100,7 +100,7 @@ def cannot_download(name: str, root: Path, folder: Path, error: Exception) -> Us
             if isinstance(value, str | Path) and Path(value).is_relative_to(folder):
                 places[root / Path(value).relative_to(folder)] = None
     where = ", ".join(str(place) for place in places if place != root) or f"its files in {root}"
-    given = f"{name} is not in {root}, and torchvision does not download it"
+    given = f"{name} is not in {root}, and its class does not download it"
     return UserError(f"{given} ({in_one_line(error)}): it looks for {where}")
 
 
@@ -115,7 +115,7 @@ def download(name: str, root: Path, dataset: DatasetClass, choices: Sequence[Cho
     with TemporaryDirectory(prefix=INCOMPLETE, dir=root) as temporary:
         folder = Path(temporary) / "files"
         folder.mkdir()
-        with named_failures(name, root, folder, dataset), server_timeout(TIMEOUT):
+        with named_failures(name, root, folder), server_timeout(TIMEOUT):
             for choice in choices:
                 call(dataset, root=folder, download=True, **choice)
         refuse_if_taken(folder, root)
@@ -124,14 +124,14 @@ def download(name: str, root: Path, dataset: DatasetClass, choices: Sequence[Cho
 
 
 @contextmanager
-def named_failures(name: str, root: Path, folder: Path, dataset: DatasetClass) -> Iterator[None]:
+def named_failures(name: str, root: Path, folder: Path) -> Iterator[None]:
     """Say what failed in a download to ``folder``: the server, the file, or the class itself."""
     try:
         yield
     except Exception as error:
         if says_package(error) or isinstance(error, UserError):
             raise
-        if is_torchvisions(dataset) and isinstance(error, ValueError):
+        if isinstance(error, ValueError) and "download" in str(error):
             raise cannot_download(name, root, folder, error) from None
         if says_unreachable(error):
             reason = f"its server cannot be reached ({in_one_line(error)})"

@@ -26,7 +26,12 @@ SPLITS = ("train", "val", "test")
 
 # Their labels are boxes or masks in the picture, which nothing tells before they are downloaded.
 NO_LABELS = {
-    *("Cityscapes", "CocoDetection", "Kitti", "VOCDetection", "VOCSegmentation", "WIDERFace"),
+    "Cityscapes",
+    "CocoDetection",
+    "Kitti",
+    "VOCDetection",
+    "VOCSegmentation",
+    "WIDERFace",
 }
 
 
@@ -219,8 +224,9 @@ def suits_a_name(found: Any) -> bool:
 
 def refuse_without_labels(name: str, dataset: DatasetClass) -> None:
     """Raise ``UserError`` for a class that does not give pairs of a picture and its label."""
-    named = getattr(unwrapped(dataset), "__name__", "") not in NO_LABELS
-    if not (named and "transform" in parameters_of(unwrapped(dataset)) and gives_pairs(dataset)):
+    whole = unwrapped(dataset)
+    takes_transform = "transform" in parameters_of(whole)
+    if whole.__name__ in NO_LABELS or not takes_transform or not gives_pairs(whole):
         given = f"{name} does not give pictures with a label each"
         raise UserError(f"{given}: take another, or give its pictures as a folder to --dataset")
 
@@ -238,9 +244,9 @@ def refuse_without_choice(name: str, root: Path, dataset: DatasetClass, choice: 
         )
 
 
-def gives_pairs(dataset: DatasetClass) -> bool:
+def gives_pairs(dataset: Any) -> bool:
     """Return whether a class says that it gives pairs, or says nothing of it."""
-    given = get_type_hints(unwrapped(dataset).__getitem__).get("return", Any)
+    given = get_type_hints(dataset.__getitem__).get("return", Any)
     return given is Any or (get_origin(given) is tuple and len(get_args(given)) == 2)
 
 
