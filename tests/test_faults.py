@@ -150,6 +150,7 @@ MOMENTS = {
     "one in the middle": ("checkpoint.pt", 5),
     "the one with the fitted latents": ("checkpoint.pt", EPOCHS + 1),
     "the metrics": ("metrics.json", 1),
+    "a picture": ("samples.png", 1),
 }
 
 
@@ -161,6 +162,15 @@ def test_a_run_killed_while_it_writes_a_file_ends_as_if_it_had_not_been(
     assert end(run, folder, kill_at=kill_at) == -signal.SIGKILL
     goes_on(folder, end)
     assert_same_run(folder, reference[0])
+
+
+def test_the_result_is_there_before_anything_that_is_only_shown(end, tmp_path):
+    folder = tmp_path / "run"
+    assert end(run, folder, kill_at=("reconstructions.png", 1)) == -signal.SIGKILL
+    *_, latents = load_model(folder / "checkpoint.pt")
+    assert latents is not None
+    assert (folder / "metrics.json").exists()
+    assert not list(folder.glob("*.png"))
 
 
 @pytest.fixture

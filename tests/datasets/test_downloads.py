@@ -108,17 +108,20 @@ def test_what_a_killed_run_had_half_downloaded_goes_with_the_next_download(serve
     assert names_in(tmp_path) == {"flowers-102"}
 
 
+# Where a picture is missing the class says nothing of it.
+@pytest.mark.parametrize("names", [("jpg", "setid.mat"), ("jpg/image_00007.jpg",)])
 def test_what_a_killed_run_had_not_moved_to_its_place_is_moved_by_the_next(
-    server, data_root, tmp_path
+    server, data_root, names
 ):
-    place = data_root / "flowers-102"
-    (data_root / COMPLETE / "flowers-102").mkdir(parents=True)
-    for name in ("jpg", "setid.mat"):
-        (place / name).rename(data_root / COMPLETE / "flowers-102" / name)
+    place, left = data_root / "flowers-102", data_root / COMPLETE / "flowers-102"
+    (left / names[0]).parent.mkdir(parents=True)
+    for name in names:
+        (place / name).rename(left / name)
     open_flowers(data_root)
     assert server.asked_for == []
     assert names_in(data_root) == {"flowers-102"}
     assert names_in(place) == {"imagelabels.mat", "jpg", "setid.mat"}
+    assert len(names_in(place / "jpg")) == 60
 
 
 # Split by split.
