@@ -201,7 +201,9 @@ def plot(results: Results, log_dir: Path, path: Path) -> None:
     top.legend()
     bottom.plot(sizes, [mean["precision"] for mean in means], "o-", label="precision")
     bottom.plot(sizes, [mean["recall"] for mean in means], "s-", label="recall")
-    bottom.axhline(real["recall"]["real"], color="grey", linestyle=":", label="recall of real photographs")
+    bottom.axhline(
+        real["recall"]["real"], color="grey", linestyle=":", label="recall of real photographs"
+    )
     bottom.set(ylim=(0, 1.03), xscale="log", xlabel="latent dimensions", ylabel="new pictures")
     bottom.set_xticks(sizes, [str(size) for size in sizes])
     bottom.minorticks_off()

@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from datasets.cache import Pictures, cache_path, keep_pictures, load_pictures
 from datasets.errors import DamagedPicture, UserError
+from datasets.folder import FEWEST
 from datasets.labels import as_text, make_batches, picture_and_label
 from datasets.sources import picture_files, reads_in_threads
 
@@ -40,10 +41,11 @@ class InMemory(Dataset):
     ``known_sources``). All others are read again in each run.
 
     ``pixels`` are [n, height, width, channels] uint8, ``labels`` a list of n as the data set has
-    them, ``name`` is its class and ``classes`` its attribute, or None; a ``Subset`` has those of
-    the data set that it is a part of. A picture that raises ``DamagedPicture`` is named in a
-    warning and left out. ``progress`` shows a bar on terminals. ``UserError`` if there are no
-    pictures, or they differ in shape, or are not in [0, 1], or a transform draws.
+    them, ``name`` is what the data set calls itself, or its class, and ``classes`` its attribute,
+    or None; a ``Subset`` has those of the data set that it is a part of. A picture that raises
+    ``DamagedPicture`` is named in a warning and left out. ``progress`` shows a bar on terminals.
+    ``UserError`` if there are fewer than two pictures (of one alone nothing varies), or they differ
+    in shape, or are not in [0, 1], or a transform draws.
     """
 
     def __init__(self, dataset: Any, progress: bool = True) -> None:
@@ -55,8 +57,9 @@ class InMemory(Dataset):
         self.labels_as_text = not make_batches(self.labels)
         for message in pictures.left_out:
             print(f"warning: {message}: it is left out", file=sys.stderr)
-        if not len(self):
-            raise UserError(f"{self.name} has no pictures that can be read: at least one is needed")
+        if len(self) < FEWEST:
+            given = f"{self.name} has {len(self)} pictures that can be read"
+            raise UserError(f"{given}: at least {FEWEST} are needed")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -90,8 +93,9 @@ def whole(dataset: Any) -> Any:
 
 
 def name_of(dataset: Any) -> str:
-    """Return what messages call a data set: its class."""
-    return type(whole(dataset)).__name__
+    """Return what a data set calls itself by a text, ``name``, or else its class."""
+    name = getattr(whole(dataset), "name", None)
+    return name if isinstance(name, str) else type(whole(dataset)).__name__
 
 
 def load_or_read(dataset: Any, progress: bool) -> Pictures:
@@ -142,6 +146,7 @@ class Reader:
         self.pixels = torch.empty(0, dtype=torch.uint8)
         self.labels: list[Any] = [None] * len(dataset)
         self.damaged: dict[int, str] = {}
+        self.big: list[int] = []  # places of pictures that threads leave out
 
     def read_first(self, bar: tqdm) -> range:
         """Read up to the first picture that can be read, and return the places of the others."""
@@ -153,18 +158,31 @@ class Reader:
                 return range(index + 1, count)
         return range(0)
 
-    def read_in_turn(self, places: range, bar: tqdm) -> None:
+    def read_in_turn(self, places: Sequence[int], bar: tqdm) -> None:
         """Read the pictures at these places, one after the other."""
         for index in places:
             self.read(index)
             bar.update()
 
     def read_in_threads(self, places: range, bar: tqdm) -> None:
-        """Read the pictures at these places; Pillow lets go of the interpreter's lock meanwhile."""
+        """Read the pictures at these places; Pillow lets go of the interpreter's lock meanwhile.
+
+        The big ones (see ``PictureFolder.is_big``) are read at the end, one after the other in this
+        thread: so memory is needed for one of them, however many threads there are.
+        """
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(places), BLOCK):
-                for _ in pool.map(self.read, places[start : start + BLOCK]):
-                    bar.update()
+                for was_read in pool.map(self.read_unless_big, places[start : start + BLOCK]):
+                    bar.update(was_read)
+        self.read_in_turn(self.big, bar)
+
+    def read_unless_big(self, index: int) -> bool:
+        """Read one picture, or note that it is big; return whether it was read."""
+        if hasattr(self.dataset, "is_big") and self.dataset.is_big(index):
+            self.big.append(index)
+            return False
+        self.read(index)
+        return True
 
     def read(self, index: int) -> None:
         """Read one picture into its row, or note that it is damaged."""

@@ -4,13 +4,15 @@ import math
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
-from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, ToTensor
 
 from datasets.errors import DamagedPicture
 
@@ -20,43 +22,130 @@ ROTATION = 25.0  # largest rotation each way, in degrees
 ZOOM = 0.25  # largest zoom in and out, as a share: 1 / 1.25 to 1.25
 COLOUR = 0.3  # largest change of a colour channel's brightness, as a share: 0.7 to 1.3
 
-# Pillow warns of odd metadata, and of over 89 million pixels, which still fit. It is told once to
-# be silent: pictures are read in threads, and there a filter around each would not be safe.
-warnings.filterwarnings("ignore", module="PIL")
+# What may be white in a picture of more than 8 bits: the largest numbers of 8 to 16 bits.
+WHITES = (255, 1023, 4095, 16383, 65535)
+WHITE_IS_ZERO = 0  # in TIFF files
+HEIC_ENDINGS = {".heic", ".heif", ".hif"}
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(path: Path, side: int | None = None) -> Image.Image:
     """Read a picture of any size and kind that Pillow reads, as RGB.
 
-    EXIF data turn it upright, what is transparent becomes white, 16 bits become 8. iPhone's HEIC
-    is read where the package ``pillow-heif`` is installed. ``DamagedPicture`` names what cannot be
-    read.
+    EXIF data turn it upright, what is transparent becomes white, 16 bits become 8 (see
+    ``as_8_bits``), and of several pictures in a file the first is taken. iPhone's HEIC is read
+    where the package ``pillow-heif`` is installed. A JPEG is decoded at a half, a quarter or an
+    eighth where ``side`` pixels each way are left, in a fraction of the time and memory.
+    ``DamagedPicture`` names what cannot be read.
     """
-    can_read_heic = read_heic()
+    with open_picture(path) as opened:
+        try:
+            if side is not None:
+                opened.draft(None, (side, side))
+            refuse_dark_colours(opened)
+            ImageOps.exif_transpose(opened, in_place=True)
+            return as_rgb(opened)
+        except Exception as error:  # Pillow raises almost anything for a damaged file
+            raise damaged(path, error) from None
+
+
+def pixels_held(path: Path, side: int | None = None) -> int:
+    """Return how many pixels are in memory while ``read_picture`` reads a picture."""
+    with open_picture(path) as opened:
+        pixels = opened.width * opened.height
+        # A progressive JPEG is held whole until its last pass, whatever comes out.
+        if side is not None and "progressive" not in opened.info:
+            opened.draft(None, (side, side))
+            pixels = opened.width * opened.height
+        return pixels
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Open a picture's file, without reading its pixels; ``DamagedPicture`` if that fails."""
+    read_heic()
+    silence_pillow()
     try:
-        with Image.open(path) as opened:
-            return as_rgb(ImageOps.exif_transpose(opened))
-    except Exception as error:  # Pillow raises almost anything for a damaged file
-        reason = str(error)
-        if Path(path).suffix.lower() in (".heic", ".heif") and not can_read_heic:
-            reason = "HEIC pictures need the package pillow-heif: pip install pillow-heif"
-        raise DamagedPicture(f"{path} cannot be read as a picture: {reason}") from None
+        return Image.open(path)
+    except Exception as error:  # as above
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> DamagedPicture:
+    """Return the error that names a picture, and says why it cannot be read."""
+    reason = str(error) or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        reason = f"it has more than {most:,} pixels, the most that Pillow reads: make it smaller"
+    elif Path(path).suffix.lower() in HEIC_ENDINGS and not read_heic():
+        reason = "HEIC pictures need the package pillow-heif: pip install pillow-heif"
+    return DamagedPicture(f"{path} cannot be read as a picture: {reason}")
+
+
+def side_needed(transform: Any) -> int | None:
+    """Return how many pixels each way of a picture a transform makes use of; None for all of them.
+
+    One that first averages pictures down, as ``Resize`` does, gets four times its size: then what
+    a JPEG's decoder has averaged before it differs by hardly one of 255 levels.
+    """
+    first = next(iter(getattr(transform, "transforms", [transform])), None)
+    if not isinstance(first, Resize) or first.interpolation is InterpolationMode.NEAREST:
+        return None
+    sides = [first.size] if isinstance(first.size, int) else first.size
+    return 4 * max(sides)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture to 8-bit RGB, white where it is transparent.
-
-    ``ValueError`` for pixels that are floating-point numbers: nothing tells what white is.
-    """
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers; save it as PNG or JPEG")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips to 8
-        pixels = np.asarray(image) / 257
-        image = Image.fromarray(np.clip(pixels, 0, 255).round().astype(np.uint8))
+    """Convert a picture to 8-bit RGB, white where it is transparent."""
+    if image.mode.startswith(("I", "F")):
+        image = as_8_bits(image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def as_8_bits(image: Image.Image) -> Image.Image:
+    """Convert a grey picture of larger whole numbers, or of fractions, to 8 bits.
+
+    Black is 0. White is the largest number of 8, 10, 12, 14 or 16 bits, the least of these that no
+    pixel exceeds: of how many bits they are files seldom tell. For fractions white is 1.
+    ``ValueError`` for all others: numbers below 0 or of more bits, fractions above 1.
+    """
+    pixels = np.asarray(image)
+    lowest, highest = pixels.min(), pixels.max()
+    fractions = image.mode == "F" and (highest <= 1 or not np.array_equal(pixels, pixels.round()))
+    possible = [white for white in ((1,) if fractions else WHITES) if highest <= white]
+    if not possible or not lowest >= 0:  # which NaN is not, either
+        given = f"its pixels are numbers from {lowest:g} to {highest:g}"
+        raise ValueError(f"{given}: 0 to 65535, or fractions from 0 to 1, are needed")
+    scaled = pixels.astype(np.float32)
+    scaled *= 255 / possible[0]
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
+        scaled = 255 - scaled
+    grey = scaled.round().astype(np.uint8)
+    grey[pixels == image.info.get("transparency")] = 255  # one value may be that, and is then white
+    return Image.fromarray(grey)
+
+
+def refuse_dark_colours(opened: Image.Image) -> None:
+    """Raise ``ValueError`` for colours of 10, 12 or 14 bits that are kept in 16 bits each.
+
+    Pillow reads the upper 8 of these 16, with which such a picture is nearly black.
+    """
+    deep = any(";16" in str(tile) for tile in getattr(opened, "tile", []))
+    if deep and opened.mode.startswith("RGB"):
+        brightest = np.asarray(opened)[..., :3].max()
+        if 0 < brightest < 64:
+            raise ValueError("its colours fill less than their 16 bits: save it with 8 bits each")
+
+
+@cache
+def silence_pillow() -> None:
+    """Let Pillow not warn of odd metadata, and of over 89 million pixels, which still fit.
+
+    It is told once and for all: pictures are read in threads, where no filter of warnings can be
+    set for one of them.
+    """
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 @cache

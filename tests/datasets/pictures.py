@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from helpers import write_photograph
 
 
@@ -10,3 +11,11 @@ def fill(folder: Path, *names: str) -> Path:
     for seed, name in enumerate(names):
         write_photograph(folder / name, seed=seed)
     return folder
+
+
+def link(path: Path, target: Path) -> None:
+    """Make a link; the test is skipped on systems where only administrators may."""
+    try:
+        path.symlink_to(target, target_is_directory=target.is_dir())
+    except OSError:
+        pytest.skip("this system makes no links")

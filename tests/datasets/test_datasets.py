@@ -72,7 +72,8 @@ def test_flowers_are_torchvisions_bit_for_bit(data_root, split):
 
 def test_a_folder_is_a_data_set(tmp_path, monkeypatch):
     for split in ("train", "val", "test"):
-        write_photograph(tmp_path / "photographs" / split / "one.jpg")
+        for name in ("one.jpg", "two.jpg"):
+            write_photograph(tmp_path / "photographs" / split / name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in (str(tmp_path / "photographs"), "photographs", "~/photographs"):
