@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from datasets.cache import Pictures, cache_path, keep_pictures, load_pictures
 from datasets.errors import DamagedPicture, UserError
-from datasets.folder import FEWEST
 from datasets.labels import as_text, make_batches, picture_and_label
 from datasets.sources import picture_files, reads_in_threads
 
@@ -44,8 +43,8 @@ class InMemory(Dataset):
     them, ``name`` is what the data set calls itself, or its class, and ``classes`` its attribute,
     or None; a ``Subset`` has those of the data set that it is a part of. A picture that raises
     ``DamagedPicture`` is named in a warning and left out. ``progress`` shows a bar on terminals.
-    ``UserError`` if there are fewer than two pictures (of one alone nothing varies), or they differ
-    in shape, or are not in [0, 1], or a transform draws.
+    ``UserError`` if there are no pictures, or they differ in shape, or are not in [0, 1], or a
+    transform draws.
     """
 
     def __init__(self, dataset: Any, progress: bool = True) -> None:
@@ -57,9 +56,8 @@ class InMemory(Dataset):
         self.labels_as_text = not make_batches(self.labels)
         for message in pictures.left_out:
             print(f"warning: {message}: it is left out", file=sys.stderr)
-        if len(self) < FEWEST:
-            given = f"{self.name} has {len(self)} pictures that can be read"
-            raise UserError(f"{given}: at least {FEWEST} are needed")
+        if not len(self):
+            raise UserError(f"{self.name} has no pictures that can be read: at least one is needed")
 
     def __len__(self) -> int:
         return len(self.pixels)
