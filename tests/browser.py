@@ -128,6 +128,8 @@ def chromium(profile: Path) -> Iterator[Browser]:
     """Start a browser with its profile in a folder; the test is skipped where there is none."""
     if CHROMIUM is None:
         pytest.skip("no Chromium: install the package chromium to test the page in a browser")
+    if os.name == "nt":
+        pytest.skip("on Windows a browser's pipes are others")
     its_in, to = os.pipe()
     back, its_out = os.pipe()
     start = [sys.executable, "-c", START, str(its_in), str(its_out)]

@@ -53,12 +53,13 @@ def page_of_sliders(
     on it, and ``crop`` says whether they are cut or squeezed into the model's shape. ``noun`` is
     what the model draws. ``UserError`` for a decoder that the page cannot draw with.
     """
+    decoder = decoder_layers(model, latents)
     start = latents.sample((1,)) if picture is None else model.encoder(picture)[0]
     if model.latent_size <= SLIDERS:
         sliders, explanation = sliders_of_dimensions(model, latents), ONE_EACH
     else:
         sliders, explanation = sliders_of_directions(model, latents), LEADING
-    decoder, encoder = decoder_layers(model, latents), encoder_layers(model)
+    encoder = encoder_layers(model)
     if encoder is None:
         reason = "this encoder does more than the page can"
         print(f"warning: {reason}: no photograph can be chosen on it", file=sys.stderr)
