@@ -312,7 +312,8 @@ def test_hparams_that_fail_are_a_warning_and_cost_nothing(tmp_path, capsys):
     name = os.fsdecode(b"flo\xffwers")
     try:
         for split in SIZES:
-            write_photograph(tmp_path / name / split / "1.jpg")
+            for seed in range(2):
+                write_photograph(tmp_path / name / split / f"{seed}.jpg", seed=seed)
     except OSError:
         pytest.skip("this system's names are all UTF-8")
     metrics = train_small(tmp_path / "run", dataset=str(tmp_path / name), epochs=1)
