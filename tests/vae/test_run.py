@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -582,9 +582,13 @@ def test_a_run_goes_on_when_its_pictures_have_moved(folder, tmp_path):
     assert (metrics["epochs"], metrics["dataset"]) == (4, str(there))
 
 
-def test_other_pictures_under_another_name_are_refused(finished):
+def test_other_pictures_under_another_name_are_refused(finished, monkeypatch):
+    class Other(SmallPictures):
+        sizes: ClassVar[dict[str, int]] = SmallPictures.sizes | {"test": 35}
+
+    monkeypatch.setitem(DATASETS, "other", Other)
     with pytest.raises(UserError, match="pictures were added, removed or changed since"):
-        train_small(finished, True, dataset="synthetic", epochs=4)
+        train_small(finished, True, dataset="other", epochs=4)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
