@@ -230,7 +230,9 @@ def as_distribution(
         return None
     if latents["mean"].shape != (latent_size,):
         raise ValueError(f"its latents' mean has the shape {list(latents['mean'].shape)}")
-    return MultivariateNormal(latents["mean"].to(device), latents["covariance"].to(device))
+    mean, covariance = latents["mean"].to(device), latents["covariance"].to(device)
+    # validate_args, since torch.compile() turns these checks off for all that comes after it
+    return MultivariateNormal(mean, covariance, validate_args=True)
 
 
 def all_finite(module: nn.Module) -> bool:

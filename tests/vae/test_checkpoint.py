@@ -5,7 +5,7 @@ import pickle
 import random
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import assert_same_tensors, seeded, tensors_in, through_mean, write_checkpoint
 from torch import nn
+from torch.distributions import Distribution
 
 from datasets.errors import UserError
 from vae.checkpoint import (
@@ -403,6 +404,19 @@ def test_what_does_not_fit_the_model_was_made_by_other_code(path, edit, reason, 
     edit_checkpoint(path, edit)
     assert refused(load_model, path).startswith(f"was made by other code: {reason}")
     assert not recwarn  # each would be a line more
+
+
+@pytest.fixture
+def without_checks() -> Iterator[None]:
+    """PyTorch's distributions check no arguments, as after torch.compile()."""
+    Distribution.set_default_validate_args(False)
+    yield
+    Distribution.set_default_validate_args(True)
+
+
+def test_a_covariance_of_none_is_seen_after_torch_compile_too(path, without_checks):
+    edit_checkpoint(path, latents(covariance=-torch.eye(2)))
+    assert "Expected parameter covariance_matrix" in refused(load_model, path)
 
 
 @pytest.mark.parametrize(
