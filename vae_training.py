@@ -181,7 +181,7 @@ def train(
         state = {"model": model, "loss": loss, "optimiser": optimiser, "scheduler": scheduler}
         first_epoch = run.start_or_resume(state, architecture, splits)
         if progress:
-            print(opening_text(run, model, splits, first_epoch))
+            print(opening_text(run, model, splits, first_epoch, len(train_dataloader)))
 
         # Main training loop, with a SummaryWriter for TensorBoard that also keeps the curves for
         # report.html

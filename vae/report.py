@@ -38,16 +38,17 @@ class Splits(NamedTuple):
 COMPARED = ("squared_error", "squared_error_mean", "kl", "active_units", "total_loss")
 
 
-def opening_text(run: Run, model: VAE, splits: Splits, epoch: int) -> str:
+def opening_text(run: Run, model: VAE, splits: Splits, epoch: int, steps_per_epoch: int) -> str:
     """Return what a run says at its start: on what it is trained, where, and from which epoch."""
     options = run.options
     train, val, test = (f"{len(split):,}" for split in splits)
     parameters = sum(weight.numel() for weight in model.parameters())
-    going = f"is trained for {options.epochs} epochs"
+    length = f"{options.epochs} epochs ({options.epochs * steps_per_epoch:,} steps)"
+    going = f"is trained for {length}"
     if epoch == options.epochs:
         going = f"has ended after its {epoch} epochs: only its report is made again"
     elif epoch:
-        going = f"goes on at epoch {epoch} of {options.epochs} epochs"
+        going = f"goes on at epoch {epoch} of {length}"
     return (
         f"{options.dataset}: {train} training, {val} validation and {test} test pictures "
         f"of {options.image_size}x{options.image_size}\n"

@@ -328,13 +328,14 @@ def test_hparams_that_fail_are_a_warning_and_cost_nothing(tmp_path, capsys):
 # The first words.
 
 
-def test_the_opening_says_on_what_and_where_and_from_which_epoch(model, splits, tmp_path):
+def test_the_opening_says_on_what_where_how_long_and_from_which_epoch(model, splits, tmp_path):
     run = Run(Options(**SMALL), tmp_path)
     parameters = sum(weight.numel() for weight in model.parameters())
-    assert report.opening_text(run, model, splits, 0) == (
+    assert report.opening_text(run, model, splits, 0, 5) == (
         "small: 20 training, 6 validation and 34 test pictures of 8x8\n"
-        f"A VAE of {parameters:,} parameters is trained for 3 epochs on cpu\n"
+        f"A VAE of {parameters:,} parameters is trained for 3 epochs (15 steps) on cpu\n"
         f"Its folder: {tmp_path}"
     )
-    assert "goes on at epoch 2 of 3 epochs" in report.opening_text(run, model, splits, 2)
-    assert "has ended after its 3 epochs: only" in report.opening_text(run, model, splits, 3)
+    going_on, ended = (report.opening_text(run, model, splits, epoch, 5) for epoch in (2, 3))
+    assert "goes on at epoch 2 of 3 epochs (15 steps)" in going_on
+    assert "has ended after its 3 epochs: only" in ended
