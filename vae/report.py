@@ -20,8 +20,8 @@ from vae.checkpoint import as_plain, replace_atomically
 from vae.evaluation import PCA, evaluate, evaluate_pca, evaluate_real, evaluate_samples
 from vae.latent import fit_latents
 from vae.losses import ELBOLoss
-from vae.page import warning_if_it_fails, write_page
-from vae.run import FREE, Run
+from vae.page import changed_options, warning_if_it_fails, write_page
+from vae.run import Run
 from vae.summary import advice
 from vae.vae import VAE
 
@@ -35,6 +35,7 @@ class Splits(NamedTuple):
 
 
 # What TensorBoard shows of a run's progress, and compares between runs.
+ALWAYS_SHOWN = ("beta", "epochs", "latent_size", "learning_rate")  # options, in HParams
 COMPARED = ("squared_error", "squared_error_mean", "kl", "active_units", "total_loss")
 
 
@@ -74,7 +75,8 @@ def write_validation(
         return
     for name in COMPARED:
         writer.add_scalar(f"validation/{name}", metrics[name], epoch)
-    writer.add_histogram("validation/kl_per_dimension", Tensor(metrics["kl_per_dimension"]), epoch)
+    for number, kl in enumerate(metrics["kl_per_dimension"]):
+        writer.add_scalar(f"kl_per_dimension/z{number}", kl, epoch)
     # A quarter of the training pictures are enough for a look.
     latents = fit_latents(model, (x[::4] for x in train.batches(256)))
     # Few and small: TensorBoard takes its time over each byte of a picture.
@@ -185,13 +187,26 @@ def save_pictures(folder: Path, model: VAE, latents: MultivariateNormal, test: I
 
 
 def write_hparams(writer: SummaryWriter, options: Any, metrics: dict[str, Any]) -> None:
-    """Write the options and the test metrics to TensorBoard's HParams, to compare runs by."""
-    experiment = {}
-    for name, value in asdict(options).items():
-        if name not in FREE:  # TensorBoard takes numbers and text
-            experiment[name] = value if isinstance(value, int | float | str) else str(value)
+    """Write the options and the test metrics to TensorBoard's HParams, to compare runs by.
+
+    Its table opens with five options in alphabetical order, so that only those are written that
+    matter: ``ALWAYS_SHOWN``, and what is not as usual.
+    """
+    changed = {name for name, *_ in changed_options(options)}
+    experiment = {
+        name.replace("_", " "): as_shown(value)
+        for name, value in asdict(options).items()
+        if name in ALWAYS_SHOWN or name in changed
+    }
     compared = {f"test/{name}": metrics[name] for name in COMPARED}
     writer.add_hparams(experiment, compared, run_name=".")
+
+
+def as_shown(value: Any) -> int | float | str:
+    """Return an option's value as HParams can show it: a number, or text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"  # it would show 1.0000 and 0.0000
+    return value if isinstance(value, int | float | str) else str(value)
 
 
 def write_projector(writer: SummaryWriter, model: VAE, test: InMemory, epoch: int) -> None:
