@@ -65,9 +65,10 @@ POINTS = {
     "beta 10": replace(POST, beta=10.0),
 }
 
-# The run whose pictures are shown, and after how many epochs, as in the post.
+# The run whose pictures are shown, and after how many epochs: the post's 30, when it changes most,
+# and the end.
 PICTURED = "the post, 500 epochs"
-SHOWN = (30, 200, 350, 500)
+SHOWN = (30, 50, 150, 500)
 
 Metrics = dict[str, Any]  # what a run has in metrics.json
 Results = dict[str, list[Metrics]]  # of each setting, by its name: the metrics of its seeds
