@@ -23,8 +23,8 @@ def fit_latents(model: VAE, images: Iterable[Tensor]) -> MultivariateNormal:
     """Fit one Gaussian to the latents of all images together, from which to draw new ones.
 
     Its mean and covariance are those of the aggregate posterior, the mixture of all q(z | x). With
-    a small beta that is not the prior: pictures decoded from where the prior is and no image ever
-    was look like none. Fitting a density afterwards cures it (Ghosh et al. 2020, "ex-post density
+    a small beta, and more so after a short training, that is not the prior: pictures decoded from
+    where the prior is and no image ever was look like none. Fitting a density afterwards cures it (Ghosh et al. 2020, "ex-post density
     estimation", section 4). The model is in ``eval()`` mode, each batch of ``images``
     [batch, channels, height, width] in [0, 1].
     """
