@@ -24,9 +24,9 @@ def fit_latents(model: VAE, images: Iterable[Tensor]) -> MultivariateNormal:
 
     Its mean and covariance are those of the aggregate posterior, the mixture of all q(z | x). With
     a small beta, and more so after a short training, that is not the prior: pictures decoded from
-    where the prior is and no image ever was look like none. Fitting a density afterwards cures it (Ghosh et al. 2020, "ex-post density
-    estimation", section 4). The model is in ``eval()`` mode, each batch of ``images``
-    [batch, channels, height, width] in [0, 1].
+    where the prior is and no image ever was look like none. Fitting a density afterwards cures it
+    (Ghosh et al. 2020, "ex-post density estimation", section 4). The model is in ``eval()`` mode,
+    each batch of ``images`` [batch, channels, height, width] in [0, 1].
     """
     device = next(model.parameters()).device
     posteriors = [model.encoder(x.to(device)) for x in images]

@@ -3,13 +3,20 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import training_speed
 from benchmarks.training_speed import (
+    CHANNELS_LAST,
+    FUSED,
+    IN_MEMORY,
+    KEPT_MEMORY,
+    PARTS,
     Figures,
     compare,
+    compare_parts,
     eight_times,
     growth_per_picture,
     measure_here,
@@ -20,6 +27,7 @@ from benchmarks.training_speed import (
     take_steps_plainly,
     train_plainly,
     train_with_pythae,
+    train_without,
 )
 from vae_training import Options, train
 
@@ -105,6 +113,39 @@ def test_all_ways_can_be_measured(data_root):
     assert all(len(numbers) == 6 for numbers in rows.values())
     for name in ("an epoch's steps alone, s", "peak memory, MiB"):
         assert all(float(number) > 0 for number in rows[name])
+
+
+def test_the_second_table_compares_training_with_all_parts_and_without_each():
+    without = iter([2.0, 4.0, 2.5, 2.0, 5.0])  # all of them, then one left out after the other
+    table = compare_parts(SHORT, 1, lambda way, _: Figures(run=0, epoch=next(without), memory=0))
+    ratios = {part: numbers[2] for part, numbers in rows_of(table).items()}
+    assert ratios == dict(zip(PARTS, ["0.5", "0.8", "1", "0.4"], strict=True))
+
+
+def test_training_without_each_part_can_be_measured(data_root):
+    options = Options(data_root=data_root, epochs=2)
+    rows = rows_of(compare_parts(options, 1, measure_here))
+    assert [*rows] == [*PARTS]
+    assert all(float(number) > 0 for numbers in rows.values() for number in numbers)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_left_out_is_only_that_part(part, data_root, tmp_path, monkeypatch):
+    used = set()
+    monkeypatch.setattr(training_speed, "keep_freed_memory", lambda: used.add(KEPT_MEMORY))
+
+    def note(weights, lr: float, fused: bool) -> torch.optim.Optimizer:
+        weights = list(weights)
+        if weights[0].is_contiguous(memory_format=torch.channels_last):
+            used.add(CHANNELS_LAST)
+        used.update({FUSED} if fused else ())
+        return torch.optim.Adam(weights, lr=lr, fused=fused)
+
+    monkeypatch.setattr(training_speed, "Adam", note)
+    in_memory = lambda data, progress: used.add(IN_MEMORY) or data  # noqa: E731
+    monkeypatch.setattr(training_speed, "InMemory", in_memory)
+    train_without(part, Options(data_root=data_root, epochs=1), tmp_path)
+    assert used == {*PARTS} - {part}
 
 
 def test_a_new_process_has_its_own_peak_of_memory_and_its_start_counts():
