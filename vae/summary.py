@@ -83,7 +83,8 @@ def advice(metrics: Metrics, history: History) -> str:
             "The validation error was still falling: go on with --resume and "
             f"--epochs {2 * metrics['epochs']}."
         )
-    if error > metrics["pca"]["squared_error"]:
+    as_the_post = options.get("augment") is False and options.get("lr_schedule") == "constant"
+    if error > metrics["pca"]["squared_error"] and as_the_post:
         return "PCA does better with as many numbers: try --preset best."
     samples = metrics["samples"]
     if "recall" in samples and samples["recall"]["fitted"] < 0.5 * samples["recall"]["real"]:

@@ -133,6 +133,15 @@ ADVICE = {
     "one that was stopped too early": ({}, falling(1e-3), "--resume and --epochs 1000"),
     "one with a schedule": ({"options__lr_schedule": "cosine"}, falling(1e-3), ""),
     "one that PCA beats": ({"pca__squared_error": 49.0}, falling(0), "--preset best"),
+    "one with the best setting that PCA beats": (
+        {
+            "pca__squared_error": 49.0,
+            "options__augment": True,
+            "options__lr_schedule": "cosine",
+        },
+        falling(0),
+        "",
+    ),
     "one of safe averages": ({"samples__recall__fitted": 0.1}, falling(0), "only 10% .* petals"),
 }
 
