@@ -312,7 +312,6 @@ def test_a_picture_of_many_pixels_is_read_in_silence(tmp_path):
 
 READ_THE_FOLDER = """
 import sys
-import zlib
 from pathlib import Path
 from datasets.folder import PictureFolder
 from datasets.memory import read_pictures
