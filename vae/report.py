@@ -35,7 +35,7 @@ class Splits(NamedTuple):
 
 
 # What TensorBoard shows of a run's progress, and compares between runs.
-ALWAYS_SHOWN = ("beta", "epochs", "latent_size", "learning_rate")  # options, in HParams
+ALWAYS_SHOWN = ("beta", "epochs", "learning_rate")  # options, in HParams
 COMPARED = ("squared_error", "squared_error_mean", "kl", "active_units", "total_loss")
 
 

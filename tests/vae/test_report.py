@@ -231,7 +231,7 @@ def hparams(folder: Path) -> dict[str, float | str]:
 def test_hparams_hold_the_options_that_matter_and_the_scores_of_the_test_split(run, metrics):
     options = vars(Options(**SMALL | RUN))
     shown = hparams(run)
-    always = {"beta", "epochs", "latent size", "learning rate"}
+    always = {"beta", "epochs", "learning rate"}
     unusual = {
         name.replace("_", " ")
         for name, value in options.items()
