@@ -75,8 +75,9 @@ def write_validation(
         return
     for name in COMPARED:
         writer.add_scalar(f"validation/{name}", metrics[name], epoch)
+    # A group of its own, whose name comes behind the post's "loss".
     for number, kl in enumerate(metrics["kl_per_dimension"]):
-        writer.add_scalar(f"kl_per_dimension/z{number}", kl, epoch)
+        writer.add_scalar(f"validation_kl/z{number}", kl, epoch)
     # A quarter of the training pictures are enough for a look.
     latents = fit_latents(model, (x[::4] for x in train.batches(256)))
     # Few and small: TensorBoard takes its time over each byte of a picture.

@@ -143,7 +143,7 @@ def test_the_look_measures_the_validation_split_and_draws_samples(model, splits,
     for name in report.COMPARED:
         assert events[f"validation/{name}"] == [(9, pytest.approx(expected[name]))]
     for number, kl in enumerate(expected["kl_per_dimension"]):
-        assert events[f"kl_per_dimension/z{number}"] == [(9, pytest.approx(kl))]
+        assert events[f"validation_kl/z{number}"] == [(9, pytest.approx(kl))]
     for tag, pictures in samples.items():
         ((step, png),) = events[tag]
         assert step == 9
@@ -218,6 +218,12 @@ def test_the_checkpoint_has_the_latents_fitted_to_the_training_pictures(run, spl
 
 
 # TensorBoard.
+
+
+def test_the_posts_chart_and_pictures_come_first(run):
+    tags = {tag for events in read_events(run).values() for tag in events}
+    groups = sorted({tag.partition("/")[0] for tag in tags})  # as TensorBoard orders them
+    assert groups[:3] == ["loss", "originals", "reconstructions"]
 
 
 def hparams(folder: Path) -> dict[str, float | str]:
