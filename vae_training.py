@@ -98,8 +98,8 @@ class Options:
             raise UserError(f"--image-size is {self.image_size}: a multiple of 8 is needed")
 
 
-# Chosen on the validation split; results/practical_aspects.md has what each part buys. (Warm-up and
-# batch norm, which the post advises, bring nothing there.)
+# Chosen on the validation split; results/practical_aspects.md has what most parts buy. (Warm-up and
+# batch norm, which the post advises, make no lower error there.)
 BEST = Options(epochs=1500, learning_rate=0.002, lr_schedule="cosine", augment=True)
 
 # The same with more numbers and larger pictures: new flowers have petals. Chosen on the validation
@@ -276,7 +276,7 @@ def train(
 class WhichRun:
     """Which run it is; --preset or --resume tells the defaults of all its other options."""
 
-    # post: the post's setting; best: its ten numbers, trained as well as they can be; petals: 64
+    # post: the post's setting; best: its ten numbers, trained as well as we can; petals: 64
     # numbers and 64x64 pixels, which draw flowers with petals. Other options change what it sets
     preset: Literal["post", "best", "petals"] = "post"
     resume: str = ""  # name or folder of a run to go on with, for more --epochs too

@@ -16,7 +16,8 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from datasets.errors import DamagedPicture
 
-# How far ``augment`` goes, chosen on the validation split; 0 switches a change off.
+# How far ``augment`` goes, chosen on the validation split (the trials
+# were not kept); 0 switches a change off.
 SHIFT = 0.09  # largest shift each way, in heights and widths of the picture
 ROTATION = 25.0  # largest rotation each way, in degrees
 ZOOM = 0.25  # largest zoom in and out, as a share: 1 / 1.25 to 1.25

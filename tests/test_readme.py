@@ -67,11 +67,19 @@ def test_every_command_and_snippet_works_as_pasted_without_a_network(copy):
     assert set(ignored.stdout.splitlines()) == written
 
 
-def test_every_file_that_the_readme_links_to_is_there():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(links) >= 9
-    for link in links:
-        assert (ROOT / link).exists(), link
+def anchors(path: Path) -> set[str]:
+    """What links to the headings of a page in Markdown end in, as on GitHub."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *ROOT.glob("results/*.md")]))
+def test_every_file_and_heading_that_a_page_links_to_is_there(page):
+    links = re.findall(r"\]\(([^):#]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
+    for name, heading in links:
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        assert not heading or heading in anchors(target), heading
 
 
 def test_the_readme_is_at_most_170_lines_long():

@@ -22,9 +22,9 @@ class ELBOLoss(nn.Module):
     - ``"bernoulli"``: the binary cross-entropy summed over the image, in nats; no value counts for
       more than 100;
     - ``"sigma"``: a Gaussian with one variance for all values, the batch's mean squared error,
-      which is the best there is (Rybkin et al. 2021, section 3), with its constants, in nats. No
-      beta has to be searched for: 1 is right. As each batch has its own variance, compare only
-      losses of batches of one size.
+      which is the best there is (Rybkin et al. 2021, section 3), with its constants, in nats. By
+      that paper no beta has to be searched for: 1 is right. As each batch has its own variance,
+      compare only losses of batches of one size.
 
     ``ValueError`` for a negative or non-finite beta or an unknown likelihood.
     """
