@@ -57,7 +57,7 @@ class Options:
     # pictures, such as MNIST; or synthetic: drawn by a program; auto: flowers102, or synthetic if
     # that is not here and cannot be downloaded
     dataset: str = "auto"
-    # folder in which a data set has its files, as flowers-102 or MNIST; downloaded to it if missing
+    # folder in which a data set has its own folder, as flowers-102 or MNIST; downloaded if missing
     data_root: Path = ROOT / "datasets"
     image_size: int = 32  # height and width in pixels, a multiple of 8
     crop: bool = False  # keep the middle square of each picture, do not squeeze it

@@ -10,6 +10,25 @@ and "test" in the place of "train", and gives the pictures of that split. This i
 - A label may be anything: a number, a text, an array, None. It is shown by its name where there is
   an attribute ``classes``, a list of names or a dictionary from names to labels.
 
+For example, two hundred squares, the last forty of which are not to train::
+
+    class Squares:
+        PLACES = {"train": range(160), "val": range(160, 180), "test": range(180, 200)}
+
+        def __init__(self, split, transform):
+            self.places, self.transform = self.PLACES[split], transform
+
+        def __len__(self):
+            return len(self.places)
+
+        def __getitem__(self, index):
+            shade = self.places[index]
+            picture = Image.new("RGB", (64, 64), (shade, 255 - shade, 128))
+            return self.transform(picture), shade > 100
+
+In ``vae_training.py`` it is one more entry in ``DATASETS``, ``"squares": Squares``, and an import;
+then ``--dataset squares`` takes it.
+
 What it may have besides:
 
 - Where its files are missing, and it can download them, it raises a ``RuntimeError`` that has the

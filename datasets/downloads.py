@@ -135,7 +135,10 @@ def named_failures(name: str, root: Path, folder: Path) -> Iterator[None]:
             raise cannot_download(name, root, folder, error) from None
         if says_unreachable(error):
             reason = f"its server cannot be reached ({in_one_line(error)})"
-            advice = "give the folder that holds it to --data-root, or take --dataset synthetic"
+            advice = (
+                "give the folder in which its own folder stands to --data-root, or take "
+                "--dataset synthetic"
+            )
             raise ConnectionError(f"{name} is not in {root} and {reason}: {advice}") from None
         if isinstance(error, DAMAGED):
             damage = f"the download of {name} is damaged ({in_one_line(error)})"

@@ -202,7 +202,10 @@ class Reader:
         """Raise ``UserError`` for what is no image, or has not the shape of the first one."""
         place = self.place(index)
         if not isinstance(image, Tensor) or image.ndim != 3 or not image.is_floating_point():
-            raise UserError(f"{place} is no tensor as ToTensor() makes it: end its transform so")
+            raise UserError(
+                f"{place} is no tensor as ToTensor() makes it: "
+                "apply the transform to it, and let that end so"
+            )
         lowest, highest = image.aminmax()
         if not 0 <= lowest.item() <= highest.item() <= 1:  # which NaN is not, either
             raise UserError(f"{place} has values outside of [0, 1], which ToTensor() gives")

@@ -122,6 +122,7 @@ def write_page(
         "name": run.folder.resolve().name,
         "dataset": run.options.dataset,
         "epochs": run.epochs_done,
+        "counts": [len(split) for split in splits],
         "ending": ending,
         "metrics": metrics,
         "story": read_story(run.folder),

@@ -87,6 +87,11 @@ def advice(metrics: Metrics, history: History) -> str:
     as_the_post = options.get("augment") is False and options.get("lr_schedule") == "constant"
     if error > metrics["pca"]["squared_error"] and as_the_post:
         return "PCA does better with as many numbers: try --preset best."
+    if error > metrics["pca"]["squared_error"]:
+        return (
+            "PCA does better with as many numbers: try more --epochs, or --start-from, which "
+            "begins with another model's weights."
+        )
     samples = metrics["samples"]
     if "recall" in samples and samples["recall"]["fitted"] < 0.5 * samples["recall"]["real"]:
         return (

@@ -88,6 +88,11 @@ def test_a_name_with_signs_of_html_is_shown_as_it_is(page):
     assert "b" not in page.tags
 
 
+def test_the_page_says_how_many_pictures_there_were(page):
+    text = re.sub(r"\s+", " ", " ".join(page.texts))
+    assert "20 training, 6 validation and 34 test pictures" in text
+
+
 def test_the_page_names_the_options_that_are_not_usual(page):
     start = page.texts.index("usually") + 1
     cells = page.texts[start : page.texts.index("epochs") + 6]

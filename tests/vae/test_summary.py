@@ -140,7 +140,7 @@ ADVICE = {
             "options__lr_schedule": "cosine",
         },
         falling(0),
-        "",
+        "more --epochs, or --start-from",
     ),
     "one of safe averages": ({"samples__recall__fitted": 0.1}, falling(0), "only 10% .* petals"),
 }
