@@ -711,3 +711,12 @@ def test_buttons_and_sliders_are_reached_and_moved_by_the_keyboard(browser, page
     tab.press("ArrowLeft")
     last = tab.evaluate("[Number(document.activeElement.max), z[document.activeElement.id[1]]]")
     assert last[1] == pytest.approx(last[0] - 0.05)
+
+
+def test_the_sliders_of_many_dimensions_read_0_where_the_latents_mean_is(many):
+    latents, sliders = many.latents, exported(many.path)["sliders"]
+    z = latents.mean + 2 * torch.tensor(sliders[0]["direction"])
+    places = [
+        torch.tensor(slider["reading"]) @ (z - torch.tensor(slider["origin"])) for slider in sliders
+    ]
+    assert torch.allclose(torch.stack(places), torch.tensor([2.0] + [0.0] * 9), atol=1e-4)

@@ -3,10 +3,26 @@
 import numpy as np
 import pytest
 import torch
-from helpers import seeded
+from helpers import seeded, through_mean, write_checkpoint
 from PIL import Image
 
-from benchmarks.copies import CONTROL, NEW, TEST, copying_score, nearest, plot, table
+from benchmarks.copies import (
+    COMPARED,
+    CONTROL,
+    COUNT,
+    NEW,
+    TEST,
+    copying_score,
+    measure,
+    nearest,
+    photographs,
+    plot,
+    reduced,
+    table,
+)
+from vae.checkpoint import load_model
+from vae.evaluation import PCA, spread_out
+from vae.vae import VAE
 
 
 def distances(count: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -55,3 +71,30 @@ def test_the_figure_is_drawn(measured, tmp_path):
     with Image.open(tmp_path / "figure.png") as figure:
         assert min(figure.size) > 200
         assert np.asarray(figure.convert("L")).std() > 10
+
+
+def test_each_kind_of_photographs_is_of_its_own_split(data_root, tmp_path):
+    with seeded():
+        path = write_checkpoint(tmp_path / "checkpoint.pt", VAE((16, 16), 3, 3))
+    measured = measure(path, data_root)
+    train, val, test, learnt = (
+        photographs(split, size, data_root)
+        for split, size in (
+            ("train", COMPARED),
+            ("val", COMPARED),
+            ("test", COMPARED),
+            ("train", (16, 16)),
+        )
+    )
+    with seeded(), torch.no_grad():
+        features = PCA(train.batches, 64)
+        control = reduced(through_mean(load_model(path).model, learnt.images(slice(None))))
+    images = {
+        TEST: test.images(slice(None)),
+        "validation photographs": val.images(slice(None)),
+        CONTROL: control,
+    }
+    training = features.encode(train.batches())
+    for name, each in images.items():
+        expected = spread_out(nearest(features.encode([each]), training), COUNT)
+        assert torch.allclose(measured[name], expected, rtol=1e-3)

@@ -11,6 +11,7 @@ import torch
 from helpers import seeded, write_checkpoint
 from matplotlib.image import imread
 from PIL import Image
+from scipy.io import loadmat
 from torchvision.utils import save_image
 
 from benchmarks.latent_size import (
@@ -154,3 +155,11 @@ def test_the_figure_of_reconstructions_has_a_row_for_each_model_and_no_photograp
 def test_the_rows_of_reconstructions_are_runs_of_the_study():
     studied = {"the post", *best_with(SIZES), *LARGE}
     assert {run for _, run, _ in PRESETS} <= studied
+
+
+def test_validation_looks_at_no_test_photograph(log_dir, data_root):
+    folder, flowers = run_folder(log_dir, "large", 0), data_root / "flowers-102"
+    before = validate(folder, data_root)
+    for number in loadmat(flowers / "setid.mat")["tstid"].flatten():
+        (flowers / "jpg" / f"image_{number:05d}.jpg").write_bytes(b"no picture")
+    assert validate(folder, data_root) == before

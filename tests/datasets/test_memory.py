@@ -410,3 +410,11 @@ def test_reading_keeping_and_loading_take_little_more_memory_than_the_pixels(cac
         assert peak < 1.3 * dataset.pixels.nbytes, wanted
         del pictures
     assert len(list(cache_folder.iterdir())) == 1
+
+
+def test_a_damaged_picture_in_a_part_of_a_data_set_is_named_by_its_file(tmp_path):
+    fill(tmp_path, *(f"rose/{name}.png" for name in range(5)))
+    path = tmp_path / "rose" / "3.png"
+    path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=f"^{path} cannot be read as a picture: "):
+        read(Subset(ImageFolder(str(tmp_path), transform=SMALL), [4, 3]))

@@ -120,3 +120,14 @@ def test_a_run_that_has_not_ended_or_is_of_an_earlier_version_is_named(folders, 
     (old / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(UserError, match=r"earlier version: .* vae_training.py --resume .*old"):
         comparison_page([old])
+
+
+def test_the_best_is_first_and_has_its_own_figures_in_whatever_order_runs_are_given(folders):
+    runs = in_order(folders)
+    errors = [f"{metrics_of(run)['test']['squared_error_mean']:.1f}" for run in runs]
+    for given in (folders, folders[::-1]):
+        texts = Parser(comparison_page(given)).texts
+        start = texts.index("small, 8x8") + 1
+        assert texts[start : start + 2] == [run.name for run in runs]
+        start = texts.index("squared error, z the mean (lower is better)", start) + 1
+        assert texts[start : start + 2] == errors

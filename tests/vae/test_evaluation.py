@@ -417,3 +417,16 @@ def test_the_mean_training_picture_and_the_training_pictures_are_held_against_th
     assert metrics["mean_picture"]["squared_error"] == pytest.approx(error.item(), rel=1e-5)
     codes = (features.encode(images.split(8)) for images in (train, test))
     assert metrics["real"]["frechet"] == pytest.approx(frechet_distance(*codes))
+
+
+def test_one_half_of_the_real_pictures_is_held_against_the_other_where_they_are_thinned_out(
+    monkeypatch,
+):
+    monkeypatch.setattr("vae.evaluation.MOST_COMPARED", 500)
+    test = images_of_known_spectrum(1200, seed=3)
+    with seeded():
+        features = PCA(lambda: test.split(512), 64)
+    measured = compare({}, lambda: test.split(512), features)
+    codes = features.encode([test])
+    expected = precision_and_recall(spread_out(codes[::2], 500), spread_out(codes[1::2], 500))
+    assert (measured["precision"]["real"], measured["recall"]["real"]) == expected

@@ -12,13 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, interruption, tiles, train_small
+from helpers import SMALL, interruption, seeded, tiles, train_small
 from PIL import Image
 
 from vae.checkpoint import load_model
 from vae.history import History
-from vae.page import CHARTS, draw_chart, draw_dimensions, extremes, nearest, shown_range
-from vae.run import Stopped
+from vae.page import (
+    CHARTS,
+    draw_chart,
+    draw_dimensions,
+    extremes,
+    keep_moment,
+    nearest,
+    shown_range,
+)
+from vae.run import Run, Stopped
+from vae.vae import VAE
 from vae_training import Options, train
 
 RUN = {"epochs": 20, "learning_rate": 1e-2}
@@ -214,3 +223,23 @@ def test_a_charts_first_epochs_may_lie_outside(history):
 def test_a_curve_that_is_not_finite_has_a_chart(history):
     history.add("loss/KL Loss", float("nan"))
     assert draw_chart(CHARTS[1], history)
+
+
+def test_below_each_new_picture_stands_the_training_picture_that_is_nearest_to_it(page, splits):
+    train, _, _ = splits
+    rows = tiles(page.pictures["Eight new pictures above their nearest training pictures"])
+    new, below = (torch.from_numpy(row / 255).float().movedim(-1, 1) for row in rows)
+    assert (below - nearest(new, train)).abs().max() < 0.01
+
+
+def test_the_storys_samples_are_of_the_same_noise_at_each_moment(tmp_path, splits):
+    with seeded():
+        model = VAE((8, 8), 2, 3)
+    model.decoder.fc.weight.data *= 40  # untrained, it draws nearly the same from all noise
+    with Run(Options(**SMALL), tmp_path / "run") as run:
+        for epoch in range(3):
+            run.seed(epoch)
+            keep_moment(run, model, splits, epoch)
+    moments = [path.read_bytes() for path in (tmp_path / "run" / "story").iterdir()]
+    assert len(moments) == 3
+    assert len(set(moments)) == 1  # the model has stayed as it was
