@@ -532,7 +532,7 @@ def test_a_finished_run_says_that_it_has_ended_and_makes_only_its_report_again(
 def test_a_run_that_goes_on_says_at_which_epoch(finished, capsys):
     train(Options(**SMALL | {"epochs": 4}), finished, resume=True)
     output = capsys.readouterr().out
-    assert " goes on at epoch 3 of 4 epochs on cpu\n" in output
+    assert " goes on at epoch 3 of 4 epochs (12 steps) on cpu\n" in output
     assert re.findall(r"^Epoch: \d+", output, re.M) == ["Epoch: 3"]
 
 
