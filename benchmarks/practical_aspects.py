@@ -31,6 +31,10 @@ POST = Options(dataset="flowers102", epochs=200)  # enough epochs to tell the se
 POST_500 = replace(POST, epochs=500)
 FAST = replace(POST, learning_rate=1e-3)
 COSINE = replace(FAST, lr_schedule="cosine")
+# What --preset best is made of, without its number of epochs.
+BEST_RATE = replace(POST_500, learning_rate=BEST.learning_rate)
+BEST_RATE_COSINE = replace(BEST_RATE, lr_schedule=BEST.lr_schedule)
+BEST_500 = replace(BEST_RATE_COSINE, augment=BEST.augment)
 
 # The rows of the table: one change at a time from the post's setting.
 SETTINGS = {
@@ -50,6 +54,9 @@ SETTINGS = {
     "2 dimensions": replace(POST, latent_size=2),
     "20 dimensions": replace(POST, latent_size=20),
     "64x64 pictures": replace(POST, image_size=64),
+    "learning rate 2e-3, 500 epochs": BEST_RATE,
+    "learning rate 2e-3, cosine, 500 epochs": BEST_RATE_COSINE,
+    "learning rate 2e-3, cosine, augmentation, 500 epochs": BEST_500,
     "--preset best": replace(BEST, dataset="flowers102"),
 }
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from benchmarks.practical_aspects import (
     train_all,
 )
 from datasets.errors import UserError
-from vae_training import VALIDATE_EVERY
+from vae_training import BEST, VALIDATE_EVERY
 
 # Enough at this learning rate to be told apart in the table's first decimal.
 SHORT = {
@@ -175,6 +175,20 @@ def test_the_run_whose_pictures_are_shown_has_looked_at_them():
 def test_settings_differ_and_only_the_post_is_the_posts():
     assert len(set(SETTINGS.values())) == len(SETTINGS)
     assert [name for name, options in SETTINGS.items() if options == POST] == ["the post"]
+
+
+def test_the_rows_of_2e_3_lead_from_the_posts_setting_to_the_best_but_for_its_epochs():
+    rows = [options for name, options in SETTINGS.items() if "2e-3" in name]
+    changed = [
+        {name for name, value in asdict(options).items() if value != asdict(POST_500)[name]}
+        for options in rows
+    ]
+    assert changed == [
+        {"learning_rate"},
+        {"learning_rate", "lr_schedule"},
+        {"learning_rate", "lr_schedule", "augment"},
+    ]
+    assert replace(rows[-1], epochs=BEST.epochs) == SETTINGS["--preset best"]
 
 
 def test_the_points_differ_in_beta_alone_and_rise():
