@@ -12,6 +12,7 @@ from vae.losses import ELBOLoss, kl_per_dimension
 from vae.vae import VAE
 
 MOST_COMPARED = 2000  # images of each kind whose neighbours are looked for: time grows as n * n
+ROWS = 250  # of a table of distances at a time: all 2000 x 2000 would take 32 MB, and twice over
 FEWEST_COMPARED = 500  # of each kind, from which on precision and recall are steady
 
 Batches = Callable[[], Iterable[Tensor]]  # called for each pass; images on the CPU
@@ -134,18 +135,26 @@ def precision_and_recall(real: Tensor, drawn: Tensor, k: int = 3) -> tuple[float
     of an equal n compare.
     """
     real, drawn = real.double(), drawn.double()
-    distances = torch.cdist(real, drawn)
-    near_real = distances <= neighbour_distances(real, k)[:, None]
-    near_drawn = distances <= neighbour_distances(drawn, k)[None, :]
-    precision = near_real.any(dim=0).double().mean()
-    recall = near_drawn.any(dim=1).double().mean()
-    return precision.item(), recall.item()
+    precision = share_near(drawn, real, neighbour_distances(real, k))
+    recall = share_near(real, drawn, neighbour_distances(drawn, k))
+    return precision, recall
+
+
+def share_near(features: Tensor, others: Tensor, reach: Tensor) -> float:
+    """Return the share of features that lie within the reach of some of the others.
+
+    ``features`` are [n, values], ``others`` [m, values], each with a distance of its own in
+    ``reach``, [m].
+    """
+    near = [(torch.cdist(rows, others) <= reach).any(dim=1) for rows in features.split(ROWS)]
+    return torch.cat(near).double().mean().item()
 
 
 def neighbour_distances(features: Tensor, k: int) -> Tensor:
     """Return each feature's distance to its k-th nearest neighbour among the others, [n]."""
-    distances = torch.cdist(features, features)
-    return distances.kthvalue(k + 1, dim=1).values  # the nearest of all is the feature itself
+    # The nearest of all is the feature itself.
+    nearest = [torch.cdist(rows, features).kthvalue(k + 1).values for rows in features.split(ROWS)]
+    return torch.cat(nearest)
 
 
 def compare(

@@ -9,8 +9,10 @@ from helpers import seeded, through_mean
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.memory import InMemory
+from vae import evaluation
 from vae.evaluation import (
     PCA,
     compare,
@@ -277,6 +279,32 @@ def test_precision_and_recall_are_the_papers(k, spread, shift):
     measured = precision_and_recall(torch.tensor(real), torch.tensor(drawn), k)
     assert measured == pytest.approx(shares_by_numpy(real, drawn, k))
     assert 0 < min(measured) < 1
+
+
+def test_precision_and_recall_do_not_depend_on_how_many_rows_are_compared_at_a_time(monkeypatch):
+    real, drawn = torch.randn(2, 80, 3, generator=torch.Generator().manual_seed(0))
+    at_once = precision_and_recall(real, drawn)
+    monkeypatch.setattr(evaluation, "ROWS", 30)  # the last ones are fewer
+    assert precision_and_recall(real, drawn) == at_once
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many bytes the largest tensor has that is made meanwhile."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor):
+            self.bytes = max(self.bytes, result.nbytes)
+        return result
+
+
+def test_precision_and_recall_take_little_memory():
+    real, drawn = torch.randn(2, 2000, 8)
+    with LargestTensor() as largest:
+        precision_and_recall(real, drawn)
+    assert 0 < largest.bytes < 5e6  # all distances at once would take 32e6
 
 
 def test_the_third_neighbour_counts_if_nothing_else_is_said():
