@@ -173,7 +173,8 @@ def with_deviation(values: Sequence[float], digits: int = 1) -> str:
 def table(results: Results) -> str:
     """Return the table in Markdown, mean and standard deviation over the seeds.
 
-    Its last row is PCA with as many components as the first setting's latent has dimensions.
+    Its last rows are what models are held against: PCA with as many components as the first
+    setting's latent has dimensions, the mean training picture, and real training pictures.
     """
     first_run = next(iter(results.values()))[0]
     names = columns(first_run)
@@ -190,6 +191,10 @@ def table(results: Results) -> str:
     error = f"{pca['squared_error']:.1f}"
     distance = f"{pca['frechet']['samples']:.1f}"
     lines.append(f"| PCA, {pca['components']} components | {error} | | {distance} | | |")
+    mean_error = f"{first_run['mean_picture']['squared_error']:.1f}"
+    lines.append(f"| the mean training picture | {mean_error} | | | | |")
+    real_distance = f"{first_run['real']['frechet']:.1f}"
+    lines.append(f"| real training photographs | | | {real_distance} | | |")
     return "\n".join(lines)
 
 

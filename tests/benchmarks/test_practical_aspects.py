@@ -72,7 +72,7 @@ def is_drawn(path: Path) -> bool:
 
 def test_the_table_has_mean_and_deviation_of_each_settings_seeds(trained):
     lines = table(train_short(trained)).splitlines()
-    header, _, *rows = [line.strip("| ").split(" | ") for line in lines]
+    header, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
     cells = {name: row for name, *row in rows}
     assert header[1:] == [
         "error, test",
@@ -81,7 +81,12 @@ def test_the_table_has_mean_and_deviation_of_each_settings_seeds(trained):
         "distance, prior",
         "KL",
     ]
-    assert [*cells] == [*SHORT, "PCA, 10 components"]
+    yardsticks = [
+        "PCA, 10 components",
+        "the mean training picture",
+        "real training photographs",
+    ]
+    assert [*cells] == [*SHORT, *yardsticks]
     assert len({row[0] for row in cells.values()}) > 2
     for name in SHORT:
         runs = [read_metrics(trained, name, seed) for seed in (0, 1)]
@@ -95,6 +100,19 @@ def test_the_table_has_mean_and_deviation_of_each_settings_seeds(trained):
         assert cells[name] == [
             f"{statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f}" for seeds in columns
         ]
+    first_run = read_metrics(trained, PICTURED, 0)
+    errors = [cells[name][0] for name in yardsticks]
+    distances = [cells[name][2] for name in yardsticks]
+    assert errors == [
+        f"{first_run['pca']['squared_error']:.1f}",
+        f"{first_run['mean_picture']['squared_error']:.1f}",
+        "",
+    ]
+    assert distances == [
+        f"{first_run['pca']['frechet']['samples']:.1f}",
+        "",
+        f"{first_run['real']['frechet']:.1f}",
+    ]
 
 
 def test_each_run_has_its_settings_options_and_its_seed(trained):
