@@ -131,6 +131,9 @@ def stand_in() -> Iterator[StandIn]:
         patch.setattr(torch.accelerator, "current_accelerator", lambda **_: DEVICE)
         patch.setattr(torch.mps, "get_rng_state", lambda _: None)
         patch.setattr(torch.mps, "set_rng_state", lambda *_: None)
+        # From 2.15 on each optimiser asks the device whether it records a graph.
+        asks = "_accelerator_graph_capture_health_check"
+        patch.setattr(torch.optim.Optimizer, asks, lambda _: None, raising=False)
         patch.setattr(torch, "inference_mode", torch.no_grad)  # it would hide what is called
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor hides nothing either

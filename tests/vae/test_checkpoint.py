@@ -355,7 +355,7 @@ MISFITS: dict[str, tuple[Edit, str]] = {
         architecture(latent_size=-3),
         f"{NO_MODEL}Trying to create tensor with negative dimension -3",
     ),
-    "a latent size in words": (architecture(latent_size="two"), f"{NO_MODEL}empty(): argument"),
+    "a latent size in words": (architecture(latent_size="two"), f"{NO_MODEL}empty()"),
     "a resolution that cannot be halved": (
         architecture(image_resolution=(7, 7)),
         f"{NO_MODEL}image resolution is 7x7",
