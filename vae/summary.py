@@ -72,6 +72,8 @@ def advice(metrics: Metrics, history: History) -> str:
     error, error_in_training = test["squared_error_mean"], train["squared_error_mean"]
     schedules = {options.get("lr_schedule"), options.get("beta_schedule")}
     _, validation = history.curve("validation/squared_error_mean")
+    if len(validation) < 2 and error >= metrics["mean_picture"]["squared_error"]:
+        return "It is not yet better than the mean training picture: try more --epochs."
     if test["active_units"] == 0:
         return "No latent dimension says anything about a picture: try a lower --beta."
     if error > 1.15 * error_in_training and options.get("augment") is False:
