@@ -6,7 +6,6 @@ in results/practical_aspects.md. Stopped at any time, it goes on where it was.
 """
 
 import shutil
-from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path

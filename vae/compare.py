@@ -31,7 +31,7 @@ class Group(NamedTuple):
 
     title: str
     names: list[str]
-    figures: list[Row]
+    figures: dict[str, list[Row]]  # by what they are of
     options: list[Row]  # in which they differ
     originals: str  # the test pictures, as the address of a picture
     reconstructions: list[str]  # of each run
@@ -96,33 +96,51 @@ def names_apart(folders: Sequence[Path]) -> dict[Path, str]:
 # The tables.
 
 
-def figure_rows(runs: Sequence[dict[str, Any]]) -> list[Row]:
-    """Return what was measured of the runs, a line for each figure, with the best of each."""
-    figures: dict[str, list[float | None]] = {}
+def figure_rows(runs: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
+    """Return what was measured of the runs: by its kind a line for each figure, with the best."""
+    kinds: dict[str, dict[str, list[float | None]]] = {}
     for place, metrics in enumerate(runs):
-        for name, value in figures_of(metrics).items():
-            figures.setdefault(name, [None] * len(runs))[place] = value
-    return [figure_row(name, values) for name, values in figures.items()]
-
-
-def figures_of(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """Return a run's figures by name; the names say what is better."""
-    *_, sampled, through_mean = reconstruction_rows(metrics)
-    found = {
-        "squared error, z the mean (lower is better)": through_mean.squared_error,
-        "squared error, z sampled (lower)": sampled.squared_error,
-        "explained, z the mean, % (higher)": as_percent(through_mean.explained),
-        "PCA's squared error": metrics["pca"]["squared_error"],
+        for kind, figures in figures_of(metrics).items():
+            values = kinds.setdefault(kind, {})
+            for name, value in figures.items():
+                values.setdefault(name, [None] * len(runs))[place] = value
+    return {
+        kind: [figure_row(name, values) for name, values in figures.items()]
+        for kind, figures in kinds.items()
     }
-    for row in drawn_rows(metrics):
+
+
+def figures_of(metrics: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Return a run's figures by their kind and name; the names say what is better."""
+    mean_picture, pca, sampled, through_mean = reconstruction_rows(metrics)
+    kinds: dict[str, dict[str, float | None]] = {
+        "Reconstructed test pictures": {
+            "squared error, z the mean (lower is better)": through_mean.squared_error,
+            "squared error, z sampled (lower)": sampled.squared_error,
+            "squared error of PCA, as many components": pca.squared_error,
+            f"squared error of {mean_picture.name}": mean_picture.squared_error,
+            "explained, z the mean, % (higher)": as_percent(through_mean.explained),
+            "explained by PCA, %": as_percent(pca.explained),
+            "KL divergence, nats": metrics["test"]["kl"],
+        }
+    }
+    rows = drawn_rows(metrics)
+    for row in rows:
         if row.name.startswith("drawn from"):
-            source = row.name.removeprefix("drawn from ")
-            found[f"new pictures, {source}: distance (lower)"] = row.distance
-            found[f"new pictures, {source}: precision, % (higher)"] = as_percent(row.precision)
-            found[f"new pictures, {source}: recall, % (higher)"] = as_percent(row.recall)
-    found["KL divergence, nats"] = metrics["test"]["kl"]
-    found["seconds"] = metrics["seconds"]
-    return found
+            kinds[f"New pictures {row.name}"] = {
+                "distance (lower)": row.distance,
+                "recall, % (higher)": as_percent(row.recall),
+                "precision, %": as_percent(row.precision),  # averages have the highest
+            }
+    for row in rows:
+        if not row.name.startswith("drawn from"):
+            kinds[f"For comparison: {row.name}"] = {
+                "distance": row.distance,
+                "recall, %": as_percent(row.recall),
+                "precision, %": as_percent(row.precision),
+            }
+    kinds["Time"] = {"seconds": metrics["seconds"]}
+    return kinds
 
 
 def as_percent(share: float | None) -> float | None:

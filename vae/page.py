@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -41,15 +41,18 @@ class Chart(NamedTuple):
 
     title: str
     unit: str
+    scale: Literal["linear", "log"]  # of the vertical axis
     tags: dict[str, str]
 
 
+# A run's first errors are many times the later ones, so that their axis is logarithmic.
 CHARTS = (
     Chart(
         "Reconstruction",
         "squared error per picture",
+        "log",
         {
-            "training (loss)": "loss/Reconstruction Loss",
+            "training: reconstruction loss": "loss/Reconstruction Loss",
             "validation, z sampled": "validation/squared_error",
             "validation, z the mean": "validation/squared_error_mean",
         },
@@ -57,9 +60,17 @@ CHARTS = (
     Chart(
         "KL divergence",
         "nats per picture",
+        "linear",
         {"training": "loss/KL Loss", "validation": "validation/kl"},
     ),
+    Chart(
+        "Total loss",
+        "reconstruction + beta x KL",
+        "log",
+        {"training": "loss/Total Loss", "validation": "validation/total_loss"},
+    ),
 )
+TICKS = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)  # epochs that have a mark
 STYLES = ("-", "--", ":")  # of a chart's curves, so that they differ without colours, too
 
 
@@ -123,6 +134,7 @@ def write_page(
         "dataset": run.options.dataset,
         "epochs": run.epochs_done,
         "counts": [len(split) for split in splits],
+        "size": "x".join(str(side) for side in test.pixels.shape[1:3]),
         "ending": ending,
         "metrics": metrics,
         "story": read_story(run.folder),
@@ -248,7 +260,7 @@ def uri_of(png: bytes) -> str:
 
 def draw_chart(chart: Chart, history: History) -> Markup | None:
     """Return a chart as SVG, or None if the run has none of its curves."""
-    figure, axis = new_chart(chart.title, "epoch", chart.unit)
+    figure, axis = new_chart(chart.title, "epoch (logarithmic)", chart.unit)
     for (name, tag), style in zip(chart.tags.items(), STYLES, strict=False):
         epochs, values = history.curve(tag)
         if epochs:
@@ -256,9 +268,34 @@ def draw_chart(chart: Chart, history: History) -> Markup | None:
             axis.plot(epochs, values, style, label=name, marker="." if len(epochs) < 20 else None)
     if not axis.lines:
         return None
-    axis.set_ylim(*shown_range([line.get_xydata() for line in axis.lines]))
+    # Most happens in the first epochs.
+    scale_epochs(axis)
+    if chart.scale == "log":
+        scale_values(axis)
     axis.legend(framealpha=0)
     return as_svg(figure, chart.title)
+
+
+def scale_epochs(axis: Axes) -> None:
+    """Give a chart a logarithmic axis of epochs, to the last one."""
+    last = max(np.asarray(line.get_xdata())[-1] for line in axis.lines)
+    axis.set_xscale("log")
+    axis.set_xlim(0.9, 1.1 * last)
+    axis.set_xticks([tick for tick in TICKS if tick <= last])
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.minorticks_off()
+
+
+def scale_values(axis: Axes) -> None:
+    """Give a chart a logarithmic axis of values, if all are positive."""
+    values = np.concatenate([np.asarray(line.get_ydata()) for line in axis.lines])
+    finite = values[np.isfinite(values)]
+    if not len(finite) or finite.min() <= 0:
+        return
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.minorticks_off()
 
 
 def draw_dimensions(kl_per_dimension: Sequence[float]) -> Markup:
@@ -292,19 +329,3 @@ def as_svg(figure: Figure, salt: str) -> Markup:
         figure.savefig(file, format="svg", metadata={"Date": None})
     svg = file.getvalue()
     return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))
-
-
-def shown_range(curves: Sequence[Any]) -> tuple[float, float]:
-    """Return the lowest and the highest value that a chart shows; each curve is [points, 2].
-
-    A run's first values are many times the later ones and would leave them flat: what is before a
-    tenth of the epochs may lie outside.
-    """
-    points = np.concatenate(curves)
-    epochs, values = points[np.isfinite(points).all(axis=1)].T
-    if not len(values):
-        return 0.0, 1.0
-    values = values[epochs >= epochs.max() / 10]
-    lowest, highest = values.min(), values.max()
-    margin = 0.05 * (highest - lowest) or 1.0
-    return lowest - margin, highest + margin

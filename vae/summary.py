@@ -86,18 +86,21 @@ def advice(metrics: Metrics, history: History) -> str:
             "The validation error was still falling: go on with --resume and "
             f"--epochs {2 * metrics['epochs']}."
         )
+    pca_error = metrics["pca"]["squared_error"]
+    pca_is_better = f"PCA does better with as many numbers ({pca_error:.1f} against {error:.1f})"
     as_the_post = options.get("augment") is False and options.get("lr_schedule") == "constant"
-    if error > metrics["pca"]["squared_error"] and as_the_post:
-        return "PCA does better with as many numbers: try --preset best."
-    if error > metrics["pca"]["squared_error"]:
+    if error > pca_error and as_the_post:
+        return f"{pca_is_better}: try --preset best."
+    if error > pca_error:
         return (
-            "PCA does better with as many numbers: try more --epochs, or --start-from, which "
-            "begins with another model's weights."
+            f"{pca_is_better}: try more --epochs, or --start-from, which begins with another "
+            "model's weights."
         )
     samples = metrics["samples"]
     if "recall" in samples and samples["recall"]["fitted"] < 0.5 * samples["recall"]["real"]:
         return (
-            f"New pictures reach only {samples['recall']['fitted']:.0%} of what real ones are: "
+            f"New pictures come near only {samples['recall']['fitted']:.0%} of the real ones, "
+            f"where other real pictures come near {samples['recall']['real']:.0%}: "
             "try more latent dimensions, as --preset petals has."
         )
     return ""

@@ -12,9 +12,10 @@ import pytest
 from helpers import tiles, train_small
 from PIL import Image
 from test_page import Parser
+from test_summary import invented
 
 from datasets.errors import UserError
-from vae.compare import comparison_page, figure_row, names_apart
+from vae.compare import comparison_page, figure_row, figure_rows, names_apart
 
 RUNS = {
     "short": {},
@@ -58,7 +59,7 @@ def test_only_options_in_which_they_differ_are_shown(folders, page):
     expected = []
     for name in ("epochs", "learning_rate"):
         expected += [name, *(str(each[name]) for each in options)]
-    start = page.texts.index("small, 8x8") + 3
+    start = page.texts.index("Options that differ") + 1
     assert page.texts[start : start + 6] == expected
     assert "beta" not in page.texts
     assert "image_size" not in page.texts  # in which the groups differ
@@ -103,6 +104,13 @@ def test_the_page_needs_nothing_but_itself(folders):
 )
 def test_the_best_figures_of_a_line_are_told(name, values, best):
     assert figure_row(name, values).best == best
+
+
+def test_real_pictures_and_pcas_are_shown_for_comparison_and_never_the_best():
+    kinds = figure_rows([invented(), invented(real__frechet=1.0, pca__frechet__samples=2.0)])
+    yardsticks = [kind for kind in kinds if kind.startswith("For comparison")]
+    assert yardsticks == ["For comparison: real pictures", "For comparison: drawn with PCA"]
+    assert not any(row.best for kind in yardsticks for row in kinds[kind])
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path):

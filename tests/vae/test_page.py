@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SMALL, interruption, seeded, tiles, train_small
+from matplotlib.figure import Figure
 from PIL import Image
 
 from vae.checkpoint import load_model
@@ -24,7 +25,7 @@ from vae.page import (
     extremes,
     keep_moment,
     nearest,
-    shown_range,
+    scale_values,
 )
 from vae.run import Run, Stopped
 from vae.vae import VAE
@@ -103,7 +104,7 @@ def test_the_page_says_how_many_pictures_there_were(page):
 
 
 def test_the_page_names_the_options_that_are_not_usual(page):
-    start = page.texts.index("usually") + 1
+    start = page.texts.index("default") + 1
     cells = page.texts[start : page.texts.index("epochs") + 6]
     assert cells[6:9] == ["latent_size", "2", "10"]
     assert "learning_rate" in page.texts and "beta" not in page.texts
@@ -214,10 +215,21 @@ def test_a_run_without_curves_has_no_chart():
     assert draw_chart(CHARTS[0], History()) is None
 
 
-def test_a_charts_first_epochs_may_lie_outside(history):
-    epochs, values = history.curve("loss/KL Loss")
-    lowest, highest = shown_range([np.stack([epochs, values], axis=1)])
-    assert lowest < 22 and 49 < highest < 60
+def test_a_chart_marks_the_posts_30_epochs_and_none_behind_the_end():
+    history = History()
+    for history.epoch in range(60):
+        history.add("loss/KL Loss", 3.0 + history.epoch)
+    texts = list(ElementTree.fromstring(draw_chart(CHARTS[1], history)).itertext())
+    assert {"1", "3", "10", "30"} <= set(texts)
+    assert "100" not in texts
+
+
+@pytest.mark.parametrize(("values", "scale"), [([300.0, 80.0], "log"), ([30.0, -4.0], "linear")])
+def test_values_are_shown_on_a_logarithmic_axis_if_all_are_positive(values, scale):
+    axis = Figure().subplots()
+    axis.plot([1, 2], values)
+    scale_values(axis)
+    assert axis.get_yscale() == scale
 
 
 def test_a_curve_that_is_not_finite_has_a_chart(history):
