@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,4 +221,6 @@ def write_projector(writer: SummaryWriter, model: VAE, test: InMemory, epoch: in
     means = torch.cat([model.encoder(batch.to(device))[0] for batch in pictures.split(64)])
     thumbnails = pictures[:, : 3 if pictures.shape[1] >= 3 else 1]  # as many as it can show
     names = names_of(labels, test.classes)
+    # TensorBoard warns of what an earlier report of this epoch has left.
+    shutil.rmtree(Path(writer.log_dir) / f"{epoch:05}" / "test_latents", ignore_errors=True)
     writer.add_embedding(means, names, thumbnails, epoch, "test_latents")

@@ -290,6 +290,15 @@ def test_the_projector_shows_five_hundred_pictures_from_all_over_at_most(model, 
     assert species == [str(label) for label in range(2499, 0, -5)]
 
 
+def test_a_report_that_is_made_again_replaces_the_projector_without_a_word(model, tmp_path, capsys):
+    for count in (9, 4):
+        with SummaryWriter(tmp_path) as writer:
+            report.write_projector(writer, model, pictures_of(count), epoch=3)
+    (vectors,) = tmp_path.rglob("tensors.tsv")
+    assert len(vectors.read_text().splitlines()) == 4
+    assert capsys.readouterr().out == ""
+
+
 def test_a_label_of_several_lines_is_one_line_in_the_projector(model, tmp_path):
     labelled = Pairs(zip(torch.rand(3, 3, 8, 8), ["a\nb\tc", "", None], strict=True))
     with SummaryWriter(tmp_path) as writer:
