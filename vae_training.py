@@ -98,7 +98,7 @@ class Options:
             raise UserError(f"--image-size is {self.image_size}: a multiple of 8 is needed")
 
 
-# Chosen on the validation split; results/practical_aspects.md has what most parts buy. (Warm-up and
+# Chosen on the validation split; results/practical_aspects.md has what each part buys. (Warm-up and
 # batch norm, which the post advises, make no lower error there.)
 BEST = Options(epochs=1500, learning_rate=0.002, lr_schedule="cosine", augment=True)
 
