@@ -36,7 +36,7 @@ BEST_RATE = replace(POST_500, learning_rate=BEST.learning_rate)
 BEST_RATE_COSINE = replace(BEST_RATE, lr_schedule=BEST.lr_schedule)
 BEST_500 = replace(BEST_RATE_COSINE, augment=BEST.augment)
 
-# The rows of the table: one change at a time from the post's setting.
+# The rows of the table: changes to the post's setting, one at a time, then several together.
 SETTINGS = {
     "the post": POST,
     "the post, 500 epochs": POST_500,
@@ -175,8 +175,8 @@ def with_deviation(values: Sequence[float], digits: int = 1) -> str:
 def table(results: Results) -> str:
     """Return the table in Markdown, mean and standard deviation over the seeds.
 
-    Its last rows are what models are held against: PCA with as many components as the first
-    setting's latent has dimensions, the mean training picture, and real training pictures.
+    Its last rows are what models of the first setting's size are held against: PCA with as many
+    components as its latent has dimensions, the mean training picture, and real training pictures.
     """
     first_run = next(iter(results.values()))[0]
     names = columns(first_run)

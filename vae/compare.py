@@ -105,7 +105,11 @@ def figure_rows(runs: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
             for name, value in figures.items():
                 values.setdefault(name, [None] * len(runs))[place] = value
     return {
-        kind: [figure_row(name, values) for name, values in figures.items()]
+        kind: [
+            figure_row(name, values)
+            for name, values in figures.items()
+            if any(value is not None for value in values)
+        ]
         for kind, figures in kinds.items()
     }
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -46,13 +46,14 @@ class Chart(NamedTuple):
 
 
 # A run's first errors are many times the later ones, so that their axis is logarithmic.
+TRAINING_ERROR = "loss/Reconstruction Loss"  # a squared error with the Gaussian likelihood
 CHARTS = (
     Chart(
         "Reconstruction",
         "squared error per picture",
         "log",
         {
-            "training: reconstruction loss": "loss/Reconstruction Loss",
+            "training": TRAINING_ERROR,
             "validation, z sampled": "validation/squared_error",
             "validation, z the mean": "validation/squared_error_mean",
         },
@@ -67,9 +68,13 @@ CHARTS = (
         "Total loss",
         "reconstruction + beta x KL",
         "log",
-        {"training": "loss/Total Loss", "validation": "validation/total_loss"},
+        {
+            "training, with its epoch's beta": "loss/Total Loss",
+            "validation, with the full beta": "validation/total_loss",
+        },
     ),
 )
+PLAIN = FuncFormatter(lambda value, _place: f"{value:g}")  # numbers as they are, at the ticks
 TICKS = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)  # epochs that have a mark
 STYLES = ("-", "--", ":")  # of a chart's curves, so that they differ without colours, too
 
@@ -97,7 +102,7 @@ def keep_moment(run: Run, model: VAE, splits: Sequence[InMemory], epoch: int) ->
         return
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(ACROSS, model.latent_size, generator=generator).to(mean)
-    z = latents.mean + noise @ root.T
+    z = (latents.mean + noise @ root.T)[: len(originals)]
     images = torch.cat((model.decoder(mean), model.decoder(z)))
     folder = run.folder / "story"
     folder.mkdir(exist_ok=True)
@@ -139,7 +144,9 @@ def write_page(
         "metrics": metrics,
         "story": read_story(run.folder),
         "originals": as_uri(make_grid(some(test, ACROSS), nrow=ACROSS)),
-        "charts": [svg for chart in CHARTS if (svg := draw_chart(chart, run.history))],
+        "charts": [
+            svg for chart in charts_of(run.options) if (svg := draw_chart(chart, run.history))
+        ],
         "changes": changed_options(run.options),
     }
     if metrics:
@@ -258,6 +265,24 @@ def uri_of(png: bytes) -> str:
     return "data:image/png;base64," + b64encode(png).decode()
 
 
+def draw_charts(run: Run) -> list[Markup]:
+    """Return the charts that a run has curves for, as SVG."""
+    charts = (draw_chart(chart, run.history) for chart in charts_of(run.options))
+    return [svg for svg in charts if svg]
+
+
+def charts_of(options: Any) -> list[Chart]:
+    """Return the charts of a run with these options.
+
+    With another likelihood than the Gaussian one the training loss is no squared error.
+    """
+    if getattr(options, "likelihood", "gaussian") == "gaussian":
+        return list(CHARTS)
+    reconstruction, *others = CHARTS
+    tags = {name: tag for name, tag in reconstruction.tags.items() if tag != TRAINING_ERROR}
+    return [reconstruction._replace(tags=tags), *others]
+
+
 def draw_chart(chart: Chart, history: History) -> Markup | None:
     """Return a chart as SVG, or None if the run has none of its curves."""
     figure, axis = new_chart(chart.title, "epoch (logarithmic)", chart.unit)
@@ -282,7 +307,7 @@ def scale_epochs(axis: Axes) -> None:
     axis.set_xscale("log")
     axis.set_xlim(0.9, 1.1 * last)
     axis.set_xticks([tick for tick in TICKS if tick <= last])
-    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_major_formatter(PLAIN)
     axis.minorticks_off()
 
 
@@ -293,8 +318,9 @@ def scale_values(axis: Axes) -> None:
     if not len(finite) or finite.min() <= 0:
         return
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.yaxis.set_major_formatter(ScalarFormatter())
+    if finite.max() < 1000 * finite.min():  # a diverging run's powers of ten are enough
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter(PLAIN)
     axis.minorticks_off()
 
 

@@ -72,7 +72,9 @@ def advice(metrics: Metrics, history: History) -> str:
     error, error_in_training = test["squared_error_mean"], train["squared_error_mean"]
     schedules = {options.get("lr_schedule"), options.get("beta_schedule")}
     _, validation = history.curve("validation/squared_error_mean")
-    if len(validation) < 2 and error >= metrics["mean_picture"]["squared_error"]:
+    # With fewer looks a collapse cannot be told from a start.
+    has_hardly_begun = len(validation) < 2
+    if has_hardly_begun and error >= metrics["mean_picture"]["squared_error"]:
         return "It is not yet better than the mean training picture: try more --epochs."
     if test["active_units"] == 0:
         return "No latent dimension says anything about a picture: try a lower --beta."

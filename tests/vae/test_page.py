@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 import signal
 import xml.etree.ElementTree as ElementTree
@@ -20,6 +21,7 @@ from vae.checkpoint import load_model
 from vae.history import History
 from vae.page import (
     CHARTS,
+    charts_of,
     draw_chart,
     draw_dimensions,
     extremes,
@@ -222,6 +224,24 @@ def test_a_chart_marks_the_posts_30_epochs_and_none_behind_the_end():
     texts = list(ElementTree.fromstring(draw_chart(CHARTS[1], history)).itertext())
     assert {"1", "3", "10", "30"} <= set(texts)
     assert "100" not in texts
+
+
+@pytest.mark.parametrize(
+    "values", [[400.0, 1e8, 1e30], [400.0, math.inf], [5.0, 5.0], [78.0, 76.0], [30.0, -4.0]]
+)
+def test_a_charts_vertical_axis_has_numbers_whatever_the_values(values):
+    history = History()
+    for history.epoch, value in enumerate(values):
+        history.add("loss/Reconstruction Loss", value)
+    root = ElementTree.fromstring(draw_chart(CHARTS[0], history))
+    ticks = [each for each in root.iter() if (each.get("id") or "").startswith("ytick")]
+    assert sum(1 for tick in ticks if "".join(tick.itertext()).strip()) >= 2
+
+
+def test_a_training_loss_that_is_no_squared_error_is_not_drawn_as_one():
+    gaussian, sigma = (charts_of(Options(likelihood=name))[0] for name in ("gaussian", "sigma"))
+    assert gaussian == CHARTS[0]
+    assert gaussian.tags.keys() - sigma.tags.keys() == {"training"}
 
 
 @pytest.mark.parametrize(("values", "scale"), [([300.0, 80.0], "log"), ([30.0, -4.0], "linear")])

@@ -123,7 +123,11 @@ def test_the_summary_has_both_tables_what_to_try_and_where_to_look():
 
 ADVICE = {
     "a good run": ({}, falling(0), ""),
-    "a collapsed one": ({"test__active_units": 0}, falling(0), "a lower --beta"),
+    "a collapsed one": (
+        {"mean_picture__squared_error": 49.0, "test__active_units": 0},
+        falling(0),
+        "a lower --beta",
+    ),
     "one that has hardly begun": (
         {"mean_picture__squared_error": 49.0, "test__active_units": 0},
         History(),
