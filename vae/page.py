@@ -339,7 +339,7 @@ def new_chart(title: str, across: str, upwards: str) -> tuple[Figure, Axes]:
         figure = Figure(figsize=(6, 3.2), facecolor="none")
         # Margins as wide as the numbers need, which take less time than an automatic layout.
         axis = figure.subplots(
-            gridspec_kw={"left": 0.12, "right": 0.98, "bottom": 0.16, "top": 0.9}
+            gridspec_kw={"left": 0.15, "right": 0.98, "bottom": 0.16, "top": 0.9}
         )
     axis.set(title=title, xlabel=across, ylabel=upwards)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
