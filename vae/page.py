@@ -45,8 +45,8 @@ class Chart(NamedTuple):
     tags: dict[str, str]
 
 
-# A run's first errors are many times the later ones, so that their axis is logarithmic.
 TRAINING_ERROR = "loss/Reconstruction Loss"  # a squared error with the Gaussian likelihood
+# A run's first errors are many times the later ones, so that their axis is logarithmic.
 CHARTS = (
     Chart(
         "Reconstruction",
@@ -102,7 +102,7 @@ def keep_moment(run: Run, model: VAE, splits: Sequence[InMemory], epoch: int) ->
         return
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(ACROSS, model.latent_size, generator=generator).to(mean)
-    z = (latents.mean + noise @ root.T)[: len(originals)]
+    z = latents.mean + noise[: len(originals)] @ root.T  # as many: they make a row each
     images = torch.cat((model.decoder(mean), model.decoder(z)))
     folder = run.folder / "story"
     folder.mkdir(exist_ok=True)
@@ -144,9 +144,7 @@ def write_page(
         "metrics": metrics,
         "story": read_story(run.folder),
         "originals": as_uri(make_grid(some(test, ACROSS), nrow=ACROSS)),
-        "charts": [
-            svg for chart in charts_of(run.options) if (svg := draw_chart(chart, run.history))
-        ],
+        "charts": draw_charts(run),
         "changes": changed_options(run.options),
     }
     if metrics:

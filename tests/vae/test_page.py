@@ -7,6 +7,7 @@ import math
 import re
 import signal
 import xml.etree.ElementTree as ElementTree
+from copy import copy
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -262,6 +263,16 @@ def test_below_each_new_picture_stands_the_training_picture_that_is_nearest_to_i
     rows = tiles(page.pictures["Eight new pictures above their nearest training pictures"])
     new, below = (torch.from_numpy(row / 255).float().movedim(-1, 1) for row in rows)
     assert (below - nearest(new, train)).abs().max() < 0.01
+
+
+def test_a_moment_has_two_rows_with_few_test_pictures_too(tmp_path, splits):
+    train, val, test = splits
+    few = copy(test)
+    few.pixels = test.pixels[:3]
+    with Run(Options(**SMALL), tmp_path / "run") as run:
+        keep_moment(run, VAE((8, 8), 2, 3), (train, val, few), epoch=0)
+    (moment,) = (tmp_path / "run" / "story").iterdir()
+    assert Image.open(moment).size == (3 * (8 + 2) + 2, 2 * (8 + 2) + 2)
 
 
 def test_the_storys_samples_are_of_the_same_noise_at_each_moment(tmp_path, splits):
